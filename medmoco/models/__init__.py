@@ -1,0 +1,1 @@
+"""Encoder, heads, whitening layers and key queue."""
