@@ -1,0 +1,1 @@
+"""Volumes in, slices out: NIfTI reading, dataset layouts, splits, the slice cache, the phantom."""

@@ -1,0 +1,96 @@
+"""From voxels to 16-bit pixels and class indices; what the set as a whole decides."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from medmoco.data.nifti import VolumeError
+from medmoco.data.store import FULL_SCALE
+from medmoco.data.volumes import Grid, Volume
+
+CLEARLY_COARSER = 1.1  # ratio of spacings
+AXIAL = 2
+MAX_DISPLACEMENT = 0.1  # voxels by which label and image may lie apart: rounding of the affine
+MR_PERCENTILES = (0.5, 99.5)
+PERCENTILE_VOXELS = 1 << 22  # more of them change no percentile that matters
+AIR = -200.0  # HU; no tissue lies below, the air in and around a body does
+AIR_SHARE = 0.001
+
+
+def coarsest_axis(grids: Sequence[Grid]) -> int:
+    """The axis of clearly the coarsest spacing, by the median of the set; else the axial one."""
+    spacing = np.median([grid.spacing for grid in grids], axis=0)
+    _, second, coarsest = np.sort(spacing)
+    return int(spacing.argmax()) if coarsest > CLEARLY_COARSER * second else AXIAL
+
+
+def guess_modality(voxels: np.ndarray) -> str:
+    """ "ct" if there is air in Hounsfield units; MR has no sign beyond a little ringing."""
+    return "ct" if np.count_nonzero(voxels < AIR) >= AIR_SHARE * voxels.size else "mr"
+
+
+def to_pixels(
+    path: Path, voxels: np.ndarray, modality: str, window: tuple[float, float]
+) -> np.ndarray:
+    """Clips to the HU window (CT) or the 0.5 to 99.5 percentiles (MR), scaled to 0..65535.
+
+    Raises:
+        VolumeError: every voxel lies on one side of the window.
+    """
+    if modality == "ct":
+        low, high = window
+        if voxels.max() <= low or voxels.min() >= high:
+            raise VolumeError(
+                path,
+                f"expected voxels within the window of {low:g} to {high:g} HU, "
+                f"got {voxels.min():g} to {voxels.max():g}",
+            )
+    else:
+        sample = voxels.ravel(order="K")[:: max(1, voxels.size // PERCENTILE_VOXELS)]
+        low, high = np.percentile(sample, MR_PERCENTILES)
+        if low == high:  # nearly everything has one value
+            low, high = voxels.min(), voxels.max()
+    # In place, since a volume can fill much of the memory; float64 would double it.
+    scaled = np.clip(voxels, np.float32(low), np.float32(high))
+    scaled -= np.float32(low)
+    scaled *= np.float32(FULL_SCALE / (float(high) - float(low)))
+    return np.rint(scaled, out=scaled).clip(0, FULL_SCALE).astype(np.uint16)
+
+
+def to_classes(path: Path, label: Volume, image: Grid, values: Sequence[int]) -> np.ndarray:
+    """Class indices (x, y, z) uint8 of a label map that lies on its image's grid.
+
+    Raises:
+        VolumeError: another shape or affine than the image's, or values that name no class.
+    """
+    if label.grid.shape != image.shape:
+        raise VolumeError(
+            path, f"expected the shape of its image, {image.shape}, got {label.voxels.shape}"
+        )
+    apart = displacement(label.affine, image)
+    if apart > MAX_DISPLACEMENT * image.spacing.min():
+        raise VolumeError(
+            path,
+            f"expected the affine of its image, {_rows(image.affine)}, got {_rows(label.affine)}: "
+            f"voxels lie up to {apart:.3g} mm apart",
+        )
+    found = np.unique(label.voxels)
+    unknown = np.setdiff1d(found, values)
+    if len(unknown):
+        listed = ", ".join(map(str, unknown[:10])) + (", ..." if len(unknown) > 10 else "")
+        raise VolumeError(path, f"expected label values {list(values)}, got also {listed}")
+    table = np.zeros(max(values) + 1, np.uint8)
+    table[list(values)] = np.arange(len(values))
+    return table[label.voxels]
+
+
+def displacement(affine: np.ndarray, grid: Grid) -> float:
+    """Millimetres by which this affine moves the voxels at most; a corner moves farthest."""
+    ends = np.array(grid.shape) - 1
+    corners = np.array(np.meshgrid(*([0, end] for end in ends), [1])).reshape(4, -1)
+    return float(np.linalg.norm(((affine - grid.affine) @ corners)[:3], axis=0).max())
+
+
+def _rows(affine: np.ndarray) -> str:
+    return np.array2string(affine[:3].round(4), separator=", ").replace("\n", "")

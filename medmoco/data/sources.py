@@ -1,0 +1,71 @@
+"""What goes into a cache: the volumes of a folder, or the cases of a labelled task."""
+
+from collections import Counter
+from collections.abc import Collection
+from dataclasses import dataclass
+from pathlib import Path
+
+from medmoco.data.task import CHANNEL, Task, patient_of
+from medmoco.data.volumes import find_volumes, volume_name
+from medmoco.errors import UserError
+
+
+@dataclass(frozen=True)
+class Source:
+    """One volume to be cached, with its label map if it has one."""
+
+    case: str
+    patient: str
+    image: Path
+    label: Path | None = None
+
+
+def task_sources(task: Task) -> list[Source]:
+    """The cases of a task with their label maps."""
+    return [Source(case.name, case.patient, case.image, case.label) for case in task.cases]
+
+
+def folder_sources(
+    folder: Path, patients: str | None = None, exclude: Collection[str] = ()
+) -> list[Source]:
+    """All volumes below a folder, unlabelled.
+
+    A case is named by its file; where two files share a name, by its path within the folder. In
+    imagesTr or imagesTs of nnU-Net, whose files end in _0000, _0001, ..., the channels of a case
+    are volumes of one patient.
+
+    Args:
+        patients: see `task.patient_of`.
+        exclude: names of cases to leave out.
+
+    Raises:
+        UserError: what `find_volumes` and `patient_of` raise, or nothing is left.
+    """
+    folder = Path(folder)
+    paths = find_volumes(folder)
+    counts = Counter(volume_name(path) for path in paths)
+    numbered = folder.name.startswith("images") and all(map(CHANNEL.search, counts))
+    sources = []
+    for path in paths:
+        name = volume_name(path)
+        if counts[name] > 1:
+            name = path.relative_to(folder).with_name(name).as_posix()
+        patient = patient_of(CHANNEL.sub("", name) if numbered else name, patients)
+        if not {name, patient} & set(exclude):
+            sources.append(Source(name, patient, path))
+    if not sources:
+        raise UserError(f"{folder}: expected volumes besides those of --exclude, got none")
+    return sources
+
+
+def read_case_list(path: Path) -> frozenset[str]:
+    """Case names from a text file, one a line; file names with .nii or .nii.gz will do.
+
+    Raises:
+        UserError: the file cannot be read.
+    """
+    try:
+        lines = Path(path).read_text(encoding="utf-8-sig").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: expected a text file of case names: {error}") from None
+    return frozenset(volume_name(Path(line.strip())) for line in lines if line.strip())
