@@ -1,0 +1,20 @@
+.PHONY: setup format check test
+
+PYTHON ?= python
+
+setup:
+	$(PYTHON) -m pip install -e '.[test,dev]'
+
+format:
+	$(PYTHON) -m ruff format .
+	$(PYTHON) -m ruff check --fix .
+	git ls-files 'csrc/*' | xargs clang-format -i
+
+check:
+	$(PYTHON) -m ruff format --check .
+	$(PYTHON) -m ruff check .
+	$(PYTHON) -m mypy
+	git ls-files 'csrc/*' | xargs clang-format --dry-run -Werror
+
+test:
+	$(PYTHON) -m pytest

@@ -1,0 +1,126 @@
+"""Configuration: a frozen dataclass is at once the flags, the defaults and config.json."""
+
+import argparse
+import dataclasses
+import json
+import types
+import typing
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+from medmoco.errors import UserError
+
+Config = TypeVar("Config")
+
+
+def option(default: Any, help: str, *, choices: Sequence[Any] | None = None) -> Any:
+    """A dataclass field that becomes the flag --name-with-dashes.
+
+    Its type is taken from the annotation: bool becomes a switch, Path, int, float and str are
+    parsed, and `X | None` accepts what X accepts. A default of None under the annotation `X` means
+    that the method or the data decides before the value is used.
+    """
+    return dataclasses.field(default=default, metadata={"help": help, "choices": choices})
+
+
+def parse(cls: type[Config], argv: Sequence[str] | None, *, prog: str, description: str) -> Config:
+    """Reads flags into a `cls`.
+
+    --config FILE.json supplies defaults, and flags win over it. --resume takes everything from the
+    run's own config.json, where a flag may only change what a `cls` names in `RESUME_MAY_CHANGE`.
+
+    Raises:
+        UserError: a configuration file is broken, or a flag contradicts the run to be resumed.
+    """
+    parser = argparse.ArgumentParser(prog=prog, description=description, allow_abbrev=False)
+    parser.add_argument("--config", type=Path, metavar="FILE", help="config.json of an earlier run")
+    hints = typing.get_type_hints(cls)
+    for field in dataclasses.fields(cls):  # type: ignore[arg-type]
+        _add_flag(parser, field, hints[field.name])
+    given = vars(parser.parse_args(argv))
+    config_file = given.pop("config", None)
+    values = read_config(cls, config_file) if config_file else {}
+    if given.get("resume"):
+        values = _resumed(cls, given)
+    return cls(**{**values, **given})
+
+
+def _resumed(cls: type[Any], given: dict[str, Any]) -> dict[str, Any]:
+    if "output" not in given:
+        raise UserError("--resume: expected --output with the folder of the run, got none")
+    path = Path(given["output"]) / "config.json"
+    if not path.is_file():
+        raise UserError(f"--resume: {path} does not exist, so there is no run to resume")
+    values = read_config(cls, path)
+    free = {"output", "resume", *cls.RESUME_MAY_CHANGE}
+    for name in given.keys() - free:
+        if name in values and values[name] != given[name]:
+            flag = "--" + name.replace("_", "-")
+            raise UserError(
+                f"--resume: {path} was started with {flag} {values[name]}, got {given[name]}; "
+                "leave the flag out, or choose another --output"
+            )
+    return values
+
+
+def to_json(config: Any) -> dict[str, Any]:
+    """The configuration as plain JSON values, paths as strings."""
+    values = dataclasses.asdict(config)
+    return {k: str(v) if isinstance(v, Path) else v for k, v in values.items()}
+
+
+def read_config(cls: type[Any], path: Path) -> dict[str, Any]:
+    """The fields of `cls` that a config.json sets; what belongs to other commands is passed over.
+
+    Raises:
+        UserError: the file cannot be read, is no JSON object, or a value has the wrong type.
+    """
+    try:
+        values = json.loads(Path(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: expected a readable JSON file: {error}") from error
+    if not isinstance(values, dict):
+        raise UserError(f"{path}: expected a JSON object, got {type(values).__name__}")
+    hints = typing.get_type_hints(cls)
+    return {
+        field.name: _checked(path, field, hints[field.name], values[field.name])
+        for field in dataclasses.fields(cls)
+        if field.name in values
+    }
+
+
+def _checked(path: Path, field: dataclasses.Field[Any], hint: Any, value: Any) -> Any:
+    kind = _unwrap(hint)
+    if value is None and field.default is None:
+        return None
+    expected = {Path: str, float: (int, float)}.get(kind, kind)
+    wrong_bool = isinstance(value, bool) and kind is not bool
+    if not isinstance(value, expected) or wrong_bool:
+        name = kind.__name__
+        raise UserError(f"{path}: {field.name} must be of type {name}, got {value!r}")
+    choices = field.metadata.get("choices")
+    if choices and value not in choices:
+        raise UserError(f"{path}: {field.name} must be one of {list(choices)}, got {value!r}")
+    return kind(value)
+
+
+def _add_flag(parser: argparse.ArgumentParser, field: dataclasses.Field[Any], hint: Any) -> None:
+    kind = _unwrap(hint)
+    flag = "--" + field.name.replace("_", "-")
+    text = field.metadata["help"].replace("%", "%%")
+    if field.default is not None and field.default is not False:
+        text += f" (default: {field.default})"
+    if kind is bool:
+        action = argparse.BooleanOptionalAction if field.default else "store_true"
+        parser.add_argument(flag, action=action, default=argparse.SUPPRESS, help=text)
+    else:
+        choices = field.metadata.get("choices")
+        parser.add_argument(flag, type=kind, choices=choices, default=argparse.SUPPRESS, help=text)
+
+
+def _unwrap(hint: Any) -> Any:
+    """`X | None` gives X, and so does X."""
+    if isinstance(hint, types.UnionType):
+        return next(kind for kind in typing.get_args(hint) if kind is not type(None))
+    return hint

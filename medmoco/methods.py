@@ -1,0 +1,187 @@
+"""What each `--method` stands for, and the defaults that depend on the data."""
+
+import dataclasses
+import math
+import os
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import torch
+
+from medmoco.data.cache import SliceCache
+from medmoco.data.stream import hold_out_patients
+from medmoco.errors import UserError
+from medmoco.launch import default_device
+from medmoco.models.encoder import Encoder, default_output_stride
+from medmoco.models.moco import Branch, MoCo
+from medmoco.models.whitening import (
+    SAMPLES_A_CHANNEL,
+    IterNorm,
+    ZCAWhitening,
+    replace_last_norm,
+)
+
+if TYPE_CHECKING:
+    from medmoco.pretrain import PretrainConfig
+
+Config = TypeVar("Config", bound="PretrainConfig")
+
+# A preset is a combination of flags; a flag that the user gives wins over it.
+PRESETS: dict[str, dict[str, Any]] = {
+    "mocov2": {"local": "none", "decorrelation": "none"},
+    "medmoco": {"local": "coordinates", "decorrelation": "zca"},
+    # Hassanpour et al. 2024 as described, with the settings of the code that was released.
+    "paper": {
+        "local": "regions",
+        "decorrelation": "iternorm",
+        "whiten_at": "last-norm",
+        "key_norm": "shuffle",
+        "same": "none",
+        "arch": "resnet50",
+        "image_size": 336,
+        "output_stride": 32,
+        "crop_min": 0.2,
+        "queue_size": 65536,
+        "momentum": 0.999,
+        "weight_decay": 1e-6,
+        "epochs": 300,
+        "batch_size": 64,
+        "lr": 0.03,
+    },
+}
+COMMON: dict[str, Any] = {
+    "whiten_at": "pooled",
+    "key_norm": "ema",
+    "same": "slice",
+    "image_size": 224,
+    "crop_min": 0.4,
+    "weight_decay": 1e-4,
+    "epochs": 200,
+}
+MAX_WHITEN_GROUP = 64
+
+
+def resolve(config: Config, cache: SliceCache) -> Config:
+    """The configuration with every flag decided: by the user, else the method, else the data.
+
+    Raises:
+        UserError: fewer slices than one batch.
+    """
+    config = apply_preset(config)
+    learned, _ = hold_out_patients(cache, config.seed)
+    return apply_data_defaults(config, len(learned))
+
+
+def apply_preset(config: Config) -> Config:
+    """Fills the flags that the method decides."""
+    preset = {**COMMON, **PRESETS[config.method]}
+    return dataclasses.replace(config, **_unset(config, preset))
+
+
+def apply_data_defaults(config: Config, slices: int) -> Config:
+    """Fills the flags that depend on how many slices there are to learn from, and the machine.
+
+    Raises:
+        UserError: fewer slices than one batch.
+    """
+    # 16 steps an epoch or more, as long as that leaves 32 slices a batch.
+    fitting = 2 ** int(math.log2(max(slices / 16, 32)))
+    batch = min(256, fitting) if config.batch_size is None else config.batch_size
+    if slices < batch:
+        raise UserError(
+            f"--batch-size {batch}: expected at most the {slices} slices there are to learn from"
+        )
+    device = config.device or default_device()
+    on_cpu = torch.device(device).type == "cpu"
+    sized = {
+        "batch_size": batch,
+        "arch": "resnet18" if slices < 50_000 else "resnet50",
+        "output_stride": default_output_stride(config.image_size),
+        "queue_size": min(65536, max(1, slices // 4)),
+        "momentum": 0.99 if config.epochs * (slices // batch) < 20_000 else 0.999,
+        "lr": 0.03 * batch / 256,
+        "device": device,
+        "amp_dtype": "float32" if on_cpu else "bfloat16",
+        "workers": 0 if on_cpu else min(8, os.cpu_count() or 1),
+    }
+    return dataclasses.replace(config, **_unset(config, sized))
+
+
+def whitening_group(config: "PretrainConfig", channels: int) -> int:
+    """Channels whitened together: --whiten-group, else the largest power of two that fits.
+
+    Raises:
+        UserError: the group does not divide the channels, or the batch is too small for it.
+    """
+    affordable = config.batch_size // SAMPLES_A_CHANNEL
+    if config.whiten_group is None:
+        group = 1
+        while 2 * group <= min(affordable, MAX_WHITEN_GROUP) and channels % (2 * group) == 0:
+            group *= 2
+        if group < 2:
+            raise UserError(
+                f"--batch-size {config.batch_size}: whitening after pooling needs at least "
+                f"{2 * SAMPLES_A_CHANNEL}; raise it, or choose another --decorrelation"
+            )
+        return group
+    group = config.whiten_group
+    if group < 1 or channels % group:
+        raise UserError(f"--whiten-group {group}: expected a divisor of {channels} channels")
+    if group > affordable and config.whiten_at == "pooled":
+        raise UserError(
+            f"--whiten-group {group}: the batch is too small for whitening: expected at least "
+            f"{SAMPLES_A_CHANNEL * group} slices ({SAMPLES_A_CHANNEL} a channel), got "
+            f"--batch-size {config.batch_size}; raise it, or lower --whiten-group"
+        )
+    return group
+
+
+def build_model(config: "PretrainConfig") -> MoCo:
+    """The model that a resolved configuration describes, on the CPU, seeded.
+
+    Raises:
+        UserError: the feature map is smaller than the region grid, or the batch too small to
+            whiten.
+    """
+    torch.manual_seed(config.seed)
+    encoder = Encoder(config.arch, config.width, config.output_stride)
+    cells = config.image_size // config.output_stride
+    if config.local == "regions" and cells < config.regions:
+        raise UserError(
+            f"--regions {config.regions}: the feature map is smaller than the region grid: "
+            f"expected at least {config.regions} x {config.regions} cells, got {cells} x {cells} "
+            f"(--image-size {config.image_size}, --output-stride {config.output_stride})"
+        )
+    whitening = _whitening(config, encoder)
+    if whitening is not None and config.whiten_at == "last-norm":
+        replace_last_norm(encoder, whitening)
+        whitening = None
+    return MoCo(
+        Branch(encoder, config.embed_dim, whitening, local=config.local != "none"),
+        queue_size=config.queue_size,
+        momentum=config.momentum,
+        temperature=config.temperature,
+        key_norm=config.key_norm,
+        local=config.local,
+        local_weight=config.local_weight,
+        covariance_weight=(
+            config.covariance_weight if config.decorrelation == "covariance" else 0.0
+        ),
+        regions=config.regions,
+    )
+
+
+def _whitening(config: "PretrainConfig", encoder: Encoder) -> torch.nn.Module | None:
+    channels = encoder.channels[-1]
+    if config.decorrelation == "zca":
+        return ZCAWhitening(channels, whitening_group(config, channels), config.whiten_eps)
+    if config.decorrelation == "iternorm":
+        group = config.whiten_group
+        if group is None and config.whiten_at == "pooled":
+            group = whitening_group(config, channels)
+        affine = config.whiten_at == "last-norm"  # takes the place of an affine BatchNorm
+        return IterNorm(channels, group, iterations=config.iternorm_steps, affine=affine)
+    return None
+
+
+def _unset(config: Any, values: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in values.items() if getattr(config, name) is None}

@@ -1,0 +1,438 @@
+"""Self-supervised pretraining: the configuration, then the loop, top to bottom."""
+
+import dataclasses
+import itertools
+import math
+import sys
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader
+from tqdm import tqdm
+
+import medmoco
+from medmoco.checkpoint import load_checkpoint, save_checkpoint
+from medmoco.command import run_command
+from medmoco.config import option, parse
+from medmoco.data.cache import build_cache
+from medmoco.data.slices import PixelGrid, SliceDataset, choose_grid
+from medmoco.data.sources import folder_sources, read_case_list
+from medmoco.data.store import CacheSettings, SliceCache
+from medmoco.data.stream import EpochSampler, hold_out_patients, make_loader
+from medmoco.data.views import View, ViewConfig, sample_views
+from medmoco.diagnostics import collapse_warnings, diagnose
+from medmoco.errors import UserError
+from medmoco.launch import choose_output, create_run
+from medmoco.methods import PRESETS, build_model, resolve
+from medmoco.metrics_log import MetricsLog, StepClock
+from medmoco.models.encoder import save_encoder
+from medmoco.models.moco import recalibrate_batchnorm
+from medmoco.output import write_json
+from medmoco.report import write_plots, write_report
+from medmoco.signals import Stopped, StopRequest
+
+CALIBRATION_BATCHES = 8  # before the queue is filled, so that the first keys are normalised
+LOG_EVERY = 10  # steps between two readings of the losses, each of which waits for the device
+CHECKPOINT_SECONDS = 600
+OVERSAMPLING = 1.5  # finer pixels than the image's are kept up to here, for crops that zoom in
+
+
+@dataclass(frozen=True)
+class PretrainConfig:
+    """Flags of pretraining; a default of None is decided by the method or by the data."""
+
+    data: Path = option(None, "folder of .nii/.nii.gz volumes, searched recursively")
+    output: Path = option(None, "folder of the run; default runs/<time>-<method>")
+    method: str = option("medmoco", "preset of the flags below", choices=tuple(PRESETS))
+    arch: str = option(None, "encoder", choices=("resnet18", "resnet34", "resnet50"))
+    width: float = option(1.0, "scales the encoder's channels")
+    image_size: int = option(None, "pixels of a view, square")
+    spacing: float | None = option(None, "mm a pixel; default: the set's median, or what fits")
+    output_stride: int = option(None, "input pixels a cell", choices=(4, 8, 16, 32))
+    epochs: int = option(None, "passes over the slices")
+    batch_size: int = option(None, "slices a step")
+    lr: float = option(None, "learning rate; default 0.03 * batch size / 256")
+    weight_decay: float = option(None, "of SGD")
+    embed_dim: int = option(128, "length of an embedding")
+    queue_size: int = option(None, "keys in the queue; default a quarter of the slices")
+    momentum: float = option(None, "of the key encoder's moving average")
+    temperature: float = option(0.2, "divides the logits")
+    key_norm: str = option(None, "statistics of the keys", choices=("ema", "shuffle"))
+    same: str = option(
+        None, "whose keys are no negatives of a slice", choices=("slice", "volume", "none")
+    )
+    local: str = option(None, "local feature learning", choices=("none", "regions", "coordinates"))
+    local_weight: float = option(0.5, "weight of the local loss")
+    regions: int = option(3, "the region grid is regions x regions")
+    decorrelation: str = option(
+        None, "feature decorrelation", choices=("none", "zca", "iternorm", "covariance")
+    )
+    whiten_at: str = option(None, "place of zca and iternorm", choices=("pooled", "last-norm"))
+    whiten_group: int | None = option(None, "channels whitened together")
+    whiten_eps: float = option(1e-3, "added to the eigenvalues of zca")
+    iternorm_steps: int = option(5, "Newton-Schulz steps of iternorm")
+    covariance_weight: float = option(0.1, "weight of the covariance penalty")
+    crop_min: float = option(None, "smallest share of the area that a view shows")
+    modality: str = option("auto", "intensity scaling", choices=("auto", "ct", "mr"))
+    window_low: float = option(-175.0, "lower end of the CT window, HU")
+    window_high: float = option(250.0, "upper end of the CT window, HU")
+    slice_axis: int | None = option(
+        None,
+        "0 sagittal, 1 coronal, 2 axial; default: coarsest spacing, else axial",
+        choices=(0, 1, 2),
+    )
+    channel: int = option(0, "channel of 4-D files")
+    patients: str | None = option(None, "CSV of case,patient or a regular expression with a group")
+    exclude: Path | None = option(None, "file of case names to leave out, one a line")
+    skip_bad: bool = option(False, "go on without unreadable files and list them")
+    cache: Path = option(None, "folder of the slice cache; default beside the output")
+    workers: int = option(None, "loader processes; default 0 on the CPU, else up to 8")
+    device: str = option(None, "cpu, cuda or cuda:N; default: cuda where there is one")
+    amp_dtype: str = option(
+        None, "autocast; default bfloat16 on CUDA", choices=("bfloat16", "float32")
+    )
+    seed: int = option(0, "of weights, order and views")
+    resume: bool = option(False, "go on with the run in --output")
+    overwrite: bool = option(False, "delete the run in --output first")
+
+    RESUME_MAY_CHANGE: ClassVar[frozenset[str]] = frozenset(
+        {"device", "workers", "cache", "overwrite"}
+    )
+
+
+class Pretraining:
+    """One pretraining run: its state, and how to go on from it.
+
+    Args:
+        config: resolved: no flag is left for the method or the data to decide.
+        cache: the slices; patients held out for the diagnostics are chosen among them.
+
+    Raises:
+        UserError: flags contradict each other, or the data is too small for them.
+    """
+
+    def __init__(self, config: PretrainConfig, cache: SliceCache) -> None:
+        self.config = config
+        self.cache = cache
+        self.output = output = config.output
+        self.device = torch.device(config.device)
+        self.model = build_model(config).to(self.device)
+        if self.device.type == "cuda":
+            self.model = self.model.to(memory_format=torch.channels_last)
+        self.generator = torch.Generator(self.device).manual_seed(config.seed)
+        learned, held_out = hold_out_patients(cache, config.seed)
+        self.grid = choose_grid(cache, config.image_size, config.spacing)
+        canvas = oversampled(self.grid, cache)
+        self.views = ViewConfig(size=config.image_size, crop_scale=(config.crop_min, 1.0))
+        dataset = SliceDataset(cache, learned, canvas)
+        self.sampler = EpochSampler(len(learned), config.batch_size, config.seed)
+        self.loader = make_loader(dataset, self.sampler, config.workers, self.device)
+        self.held_out = DataLoader(SliceDataset(cache, held_out, self.grid), config.batch_size)
+        self.slice_volume = torch.from_numpy(cache.slice_volume.astype(np.int64))
+        self.optimizer = torch.optim.SGD(
+            self.model.query.parameters(),
+            lr=config.lr,
+            momentum=0.9,
+            weight_decay=config.weight_decay,
+        )
+        self.total_steps = config.epochs * self.sampler.batches
+        self.step = 0  # steps taken
+        self.checkpoint = output / "checkpoints" / "last.pt"
+        self.metrics = MetricsLog(output / "metrics.jsonl")
+        self.chance = math.log(config.queue_size + 1)  # the loss of guessing, in nats
+        self.losses = [0.0, 0]  # of the epoch so far: their sum and number
+        self.diagnostics: dict[str, Any] = {}
+
+    # --- the loop ---------------------------------------------------------------------------
+
+    def run(self) -> dict[str, Any]:
+        """Trains to the end and writes encoder.pt.
+
+        Returns:
+            The last diagnostics, as in metrics.jsonl.
+
+        Raises:
+            Stopped: a signal asked for it; the state is saved.
+            UserError: the loss is not finite.
+        """
+        if self.config.resume:
+            self.restore()
+        with StopRequest() as stop, self._progress_bar() as bar:
+            if not self.diagnostics:
+                self._start()
+            while self.step < self.total_steps:
+                self._train_epoch(bar, stop)
+                self._diagnose()
+                self.save()
+        self._export()
+        return self.diagnostics
+
+    def _train_epoch(self, bar: tqdm, stop: StopRequest) -> None:
+        epoch, first = divmod(self.step, self.sampler.batches)
+        if first == 0:
+            self.losses = [0.0, 0]
+        self.sampler.start(epoch, first)
+        self.model.train()
+        clock = StepClock()
+        saved = time.monotonic()
+        for batch in self.loader:
+            clock.data_ready()
+            self.metrics.hold(self._train_step(batch))
+            clock.step_done(self.config.batch_size)
+            bar.update()
+            due = stop.asked or time.monotonic() - saved > CHECKPOINT_SECONDS
+            if due or self.step % LOG_EVERY == 0 or self.step % self.sampler.batches == 0:
+                self._log(bar, clock)
+            if due:
+                self.save()
+                saved = time.monotonic()
+            if stop.asked:
+                raise Stopped(f"saved step {self.step} of {self.total_steps}")
+
+    def _train_step(self, batch: dict[str, Tensor]) -> dict[str, Any]:
+        lr = 0.5 * self.config.lr * (1 + math.cos(math.pi * self.step / self.total_steps))
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        self.model.update_key()
+        query_view, key_view = self._views(batch)
+        ids = self._ids(batch["index"])
+        with self._autocast():
+            losses, key = self.model(query_view, key_view, ids, self.generator)
+        self.optimizer.zero_grad(set_to_none=True)
+        losses.total.backward()
+        self.optimizer.step()
+        self.model.enqueue(key, ids, self.generator)
+        self.step += 1
+        record = {
+            "stage": "pretrain",
+            "epoch": math.ceil(self.step / self.sampler.batches),
+            "step": self.step,
+            "lr": lr,
+            "chance": self.chance,
+        }
+        return record | losses.as_dict()
+
+    # --- what a step needs ------------------------------------------------------------------
+
+    def _views(self, batch: dict[str, Tensor]) -> tuple[View, View]:
+        canvas = batch["image"].to(self.device, non_blocking=True)
+        extent = batch["extent"].to(self.device, non_blocking=True)
+        return sample_views(canvas, extent, self.views, self.generator)
+
+    def _ids(self, index: Tensor) -> Tensor:
+        """Keys of equal id are no negatives of each other; -1 is nobody's equal."""
+        if self.config.same == "volume":
+            index = self.slice_volume[index]
+        elif self.config.same == "none":
+            index = torch.full_like(index, -1)
+        return index.to(self.device, non_blocking=True)
+
+    def _autocast(self) -> torch.autocast:
+        enabled = self.config.amp_dtype == "bfloat16"
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=enabled)
+
+    # --- before the first step --------------------------------------------------------------
+
+    def _start(self) -> None:
+        """Calibrates the normalisations, fills the queues, looks at the untrained encoder."""
+        self.model.train()
+        batches = itertools.islice(self._endless_batches(), CALIBRATION_BATCHES)
+        recalibrate_batchnorm(self.model.query, (self._views(b)[0].image for b in batches))
+        self.model.synchronise_key()
+        self._fill_queues()
+        self._diagnose()
+        self.save()
+
+    def _fill_queues(self) -> None:
+        """Keys of real slices in every place, so that the first loss means something."""
+        filled = 0
+        for batch in self._endless_batches():
+            ids = self._ids(batch["index"])
+            with self._autocast():
+                key = self.model.encode_keys(self._views(batch)[1].image, self.generator)
+            self.model.enqueue(key, ids, self.generator)
+            filled += len(ids)
+            if filled >= self.config.queue_size:
+                return
+
+    def _endless_batches(self) -> Iterator[dict[str, Tensor]]:
+        """Batches in orders of their own: epochs count down from -1."""
+        for epoch in itertools.count(1):
+            self.sampler.start(-epoch)
+            yield from self.loader
+
+    # --- diagnostics, saving, export ----------------------------------------------------------
+
+    @torch.no_grad()
+    def _diagnose(self) -> None:
+        """Looks at features and embeddings of held-out slices, un-augmented, in eval mode."""
+        self.model.query.eval()
+        features, embeddings = [], []
+        for batch in self.held_out:
+            embedding = self.model.query(batch["image"].to(self.device))
+            features.append(embedding.pooled.float().cpu())
+            embeddings.append(embedding.projection.float().cpu())
+        looked = {
+            "features": diagnose(torch.cat(features)),
+            "embeddings": diagnose(torch.cat(embeddings)),
+        }
+        loss = self.losses[0] / self.losses[1] if self.losses[1] else None
+        warnings = collapse_warnings(loss, self.chance, looked["features"], looked["embeddings"])
+        self.diagnostics = {
+            "stage": "diagnostics",
+            "epoch": self.step // self.sampler.batches,
+            "step": self.step,
+            "loss": loss,
+            **{name: dataclasses.asdict(value) for name, value in looked.items()},
+            "effective_rank": looked["features"].rankme,
+            "warnings": warnings,
+        }
+        self.metrics.write(self.diagnostics)
+        for warning in warnings if self.step else ():
+            tqdm.write(f"epoch {self.diagnostics['epoch']}: {warning}", file=sys.stderr)
+
+    def save(self) -> None:
+        """Writes the full state; `restore` goes on from it bit for bit."""
+        state = {
+            "step": self.step,
+            "losses": self.losses,
+            "diagnostics": self.diagnostics,
+            "model": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "generator": self.generator.get_state(),
+        }
+        save_checkpoint(self.checkpoint, self._identity(), state)
+
+    def restore(self) -> None:
+        """Goes on from the last checkpoint, or from the beginning where none was written yet.
+
+        Raises:
+            UserError: the checkpoint is damaged or belongs to another run.
+        """
+        if not self.checkpoint.is_file():
+            self.metrics.forget_after(-1)
+            return
+        state = load_checkpoint(self.checkpoint, self._identity())
+        self.step, self.losses = state["step"], state["losses"]
+        self.diagnostics = state["diagnostics"]
+        self.model.load_state_dict(state["model"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.generator.set_state(state["generator"])
+        self.metrics.forget_after(self.step)
+
+    def summary(self) -> dict[str, Any]:
+        """The part of summary.json that pretraining knows."""
+        features, embeddings = self.diagnostics["features"], self.diagnostics["embeddings"]
+        return {
+            "medmoco": medmoco.__version__,
+            "method": self.config.method,
+            "seed": self.config.seed,
+            "effective_rank": {"features": features["rankme"], "embeddings": embeddings["rankme"]},
+            "samples": features["samples"],
+            "dimensions": features["dimensions"],
+            "linear": None,
+            "finetune": None,
+            "bad_files": [dataclasses.asdict(file) for file in self.cache.bad],
+            "warnings": self.diagnostics["warnings"],
+        }
+
+    def _identity(self) -> dict[str, Any]:
+        """What a checkpoint must agree with: all that shapes the model or the road it takes."""
+        config = self.config
+        names = ("method", "arch", "width", "image_size", "output_stride", "embed_dim")
+        names += (
+            "queue_size",
+            "local",
+            "decorrelation",
+            "key_norm",
+            "batch_size",
+            "epochs",
+            "seed",
+        )
+        data = self.cache.directory.name  # a digest of files and settings
+        return {"data": data} | {name: getattr(config, name) for name in names}
+
+    def _export(self) -> None:
+        config = self.config
+        save_encoder(
+            self.output / "encoder.pt",
+            self.model.query.encoder,
+            method=config.method,
+            image_size=config.image_size,
+            spacing=self.grid.spacing,
+            modality=self.cache.modality,
+            window=(config.window_low, config.window_high),
+            slice_axis=self.cache.axis,
+        )
+
+    # --- progress -----------------------------------------------------------------------------
+
+    def _progress_bar(self) -> tqdm:
+        return tqdm(total=self.total_steps, initial=self.step, unit="step", desc="pretrain")
+
+    def _log(self, bar: tqdm, clock: StepClock) -> None:
+        records = self.metrics.flush(**clock.read())
+        for record in records:
+            self.losses = [self.losses[0] + record["loss"], self.losses[1] + 1]
+        last = records[-1]
+        rank = self.diagnostics["effective_rank"]
+        bar.set_postfix_str(
+            f"loss {last['loss']:.3f} (chance {self.chance:.2f}), acc1 {last['acc1']:.2f}, "
+            f"rank {'-' if rank is None else f'{rank:.1f}'}, "
+            f"{last['images_per_second']:.0f} images/s, waiting {last['data_wait']:.0%}"
+        )
+
+
+def oversampled(grid: PixelGrid, cache: SliceCache) -> PixelGrid:
+    """The same field of view in finer pixels, as far as the volumes have them."""
+    finest = float(np.median([min(volume.spacing[1:]) for volume in cache.volumes]))
+    factor = min(max(grid.spacing / finest, 1.0), OVERSAMPLING)
+    return PixelGrid(
+        round(grid.size * factor), grid.spacing * grid.size / round(grid.size * factor)
+    )
+
+
+def open_slices(config: PretrainConfig, exclude: Iterable[str] = ()) -> SliceCache:
+    """The slices of all volumes below --data but those of the cases or patients in `exclude`.
+
+    Raises:
+        UserError: what is wrong with the folder or with any of its files.
+    """
+    if config.data is None:
+        raise UserError("--data: expected a folder of .nii or .nii.gz volumes, got none")
+    listed = read_case_list(config.exclude) if config.exclude else frozenset()
+    sources = folder_sources(config.data, config.patients, listed.union(exclude))
+    settings = CacheSettings(
+        modality=config.modality,
+        slice_axis=config.slice_axis,
+        window=(config.window_low, config.window_high),
+        channel=config.channel,
+    )
+    return build_cache(sources, settings, config.cache, skip_bad=config.skip_bad)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """The command `medmoco pretrain`."""
+    config = parse(PretrainConfig, argv, prog="medmoco pretrain", description=__doc__)
+    config = choose_output(config, config.method)
+    cache = open_slices(config)
+    config = resolve(config, cache)
+    run = Pretraining(config, cache)
+    create_run(config, "pretrain")
+    run.run()
+    write_json(config.output / "summary.json", run.summary())
+    write_plots(config.output)
+    report = write_report([config.output], config.output / "report.html")
+    encoder = config.output / "encoder.pt"
+    print(f"\nencoder: {encoder}\nreport:  {report}")
+    print(f"next:    python -m medmoco.segment --task DIR --encoder {encoder}")
+
+
+if __name__ == "__main__":
+    sys.exit(run_command(main))

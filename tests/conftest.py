@@ -1,0 +1,35 @@
+"""Shared fixtures: a small phantom task, the real volumes, the device."""
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+REAL_DATA = Path(__file__).resolve().parents[2] / "shared" / "data" / "msd_hippocampus"
+
+
+@pytest.fixture(scope="session", autouse=True)
+def two_threads():
+    torch.set_num_threads(2)
+
+
+@pytest.fixture(scope="session")
+def tiny_task(tmp_path_factory) -> Path:
+    """A Decathlon folder of ten phantoms, 6 slices of 48 x 48 each. Read-only for tests."""
+    from medmoco.data.phantom import generate_phantom
+
+    folder = tmp_path_factory.mktemp("phantom") / "task"
+    generate_phantom(folder, patients=10, size=48, slices=6, seed=0)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def hippocampus() -> Path:
+    """The real MR volumes; tests that use it carry the marker `data`."""
+    folder = Path(os.environ.get("MEDMOCO_DATA", REAL_DATA))
+    if not (folder / "dataset.json").is_file():
+        pytest.skip(
+            f"no real volumes: {folder} holds no dataset.json (MEDMOCO_DATA sets the place)"
+        )
+    return folder

@@ -1,0 +1,197 @@
+"""Pretraining: it learns, it resumes bit for bit, and it refuses what cannot work."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from medmoco import pretrain
+from medmoco.command import run_command
+from medmoco.models.encoder import load_encoder
+
+TINY = ["--width", "0.125", "--image-size", "32", "--output-stride", "8", "--batch-size", "8"]
+
+
+@pytest.fixture(scope="module")
+def cache_folder(tmp_path_factory) -> Path:
+    return tmp_path_factory.mktemp("cache")
+
+
+@pytest.fixture
+def flags(tiny_task, cache_folder):
+    """Flags of a run of 2 epochs of 6 steps, which a test completes by its output folder."""
+    data = ["--data", str(tiny_task / "imagesTr"), "--cache", str(cache_folder), "--device", "cpu"]
+    return [*data, *TINY, "--epochs", "2"]
+
+
+def records(output: Path, stage: str = "pretrain") -> list[dict]:
+    lines = (output / "metrics.jsonl").read_text().splitlines()
+    return [record for line in lines if (record := json.loads(line))["stage"] == stage]
+
+
+def state(output: Path) -> dict:
+    return torch.load(output / "checkpoints" / "last.pt", weights_only=True)["state"]
+
+
+def assert_same_end(one: Path, other: Path) -> None:
+    first, second = state(one), state(other)
+    torch.testing.assert_close(first, second, rtol=0, atol=0)
+    weights = [load_encoder(run / "encoder.pt")[0].state_dict() for run in (one, other)]
+    torch.testing.assert_close(weights[0], weights[1], rtol=0, atol=0)
+    losses = [[r["loss"] for r in records(run)] for run in (one, other)]
+    assert losses[0] == losses[1]
+
+
+@pytest.fixture(scope="module")
+def unbroken(tiny_task, cache_folder, tmp_path_factory) -> Path:
+    """A run that was never stopped."""
+    output = tmp_path_factory.mktemp("runs") / "unbroken"
+    data = ["--data", str(tiny_task / "imagesTr"), "--cache", str(cache_folder), "--device", "cpu"]
+    pretrain.main([*data, *TINY, "--epochs", "2", "--output", str(output)])
+    return output
+
+
+def test_a_run_leaves_what_the_next_commands_need(unbroken):
+    encoder, metadata = load_encoder(unbroken / "encoder.pt")
+    assert (encoder.arch, metadata["method"], metadata["modality"]) == ("resnet18", "medmoco", "ct")
+    summary = json.loads((unbroken / "summary.json").read_text())
+    assert summary["dimensions"] == encoder.channels[-1]
+    assert 1 <= summary["effective_rank"]["features"] <= summary["dimensions"]
+    assert (unbroken / "report.html").is_file() and (unbroken / "spectrum.png").is_file()
+
+
+def test_every_step_and_every_epoch_is_recorded_once(unbroken):
+    steps = [record["step"] for record in records(unbroken)]
+    assert steps == list(range(1, len(steps) + 1))
+    assert [record["epoch"] for record in records(unbroken, "diagnostics")] == [0, 1, 2]
+    last = records(unbroken)[-1]
+    parts = last["loss_global"] + 0.5 * last["loss_local"]
+    assert last["loss"] == pytest.approx(parts, rel=1e-5)
+
+
+def test_same_seed_gives_the_same_weights(flags, unbroken, tmp_path):
+    pretrain.main([*flags, "--output", str(tmp_path / "again")])
+    assert_same_end(unbroken, tmp_path / "again")
+
+
+@pytest.mark.parametrize("step", [1, 5, 6, 7])
+def test_sigterm_saves_and_resume_ends_with_the_same_weights(
+    flags, unbroken, tmp_path, monkeypatch, step
+):
+    output = tmp_path / "stopped"
+    train_step = pretrain.Pretraining._train_step
+
+    def terminate_at_step(self, batch):
+        record = train_step(self, batch)
+        if self.step == step:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return record
+
+    with monkeypatch.context() as patch:
+        patch.setattr(pretrain.Pretraining, "_train_step", terminate_at_step)
+        assert run_command(pretrain.main, [*flags, "--output", str(output)]) == 0
+    assert state(output)["step"] == step
+    assert not (output / "encoder.pt").exists()
+    pretrain.main(["--output", str(output), "--resume"])
+    assert_same_end(unbroken, output)
+
+
+def test_sigkill_and_resume_end_with_the_same_weights(flags, unbroken, tmp_path):
+    output = tmp_path / "killed"
+    command = [sys.executable, "-m", "medmoco.pretrain", *flags, "--output", str(output)]
+    environment = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}
+    process = subprocess.Popen(command, env=environment, stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 120
+    while not (output / "metrics.jsonl").exists() or not records(output):
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert not (output / "encoder.pt").exists(), "the run was over before it was killed"
+    pretrain.main(["--output", str(output), "--resume"])
+    assert_same_end(unbroken, output)
+
+
+@pytest.mark.parametrize(
+    "choice",
+    [
+        ["--method", "mocov2"],
+        ["--method", "mocov2", "--key-norm", "shuffle", "--same", "volume"],
+        ["--method", "mocov2", "--decorrelation", "covariance", "--same", "none"],
+        ["--method", "mocov2", "--local", "regions", "--decorrelation", "iternorm"],
+        ["--method", "medmoco", "--whiten-at", "last-norm"],
+        ["--method", "paper", "--arch", "resnet18", "--queue-size", "20"],
+    ],
+    ids=lambda choice: " ".join(choice),
+)
+def test_every_combination_trains(flags, tmp_path, choice):
+    output = tmp_path / "run"
+    pretrain.main([*flags, *choice, "--epochs", "1", "--output", str(output)])
+    encoder, _ = load_encoder(output / "encoder.pt")
+    assert all(torch.isfinite(weight).all() for weight in encoder.state_dict().values())
+
+
+@pytest.mark.parametrize(
+    ("choice", "message"),
+    [
+        (
+            ["--local", "regions", "--regions", "5"],
+            "--regions 5: the feature map is smaller than the region grid: "
+            "expected at least 5 x 5 cells, got 4 x 4",
+        ),
+        (
+            ["--whiten-group", "4"],
+            "--whiten-group 4: the batch is too small for whitening: expected at least 16 slices",
+        ),
+        (["--whiten-group", "3"], "--whiten-group 3: expected a divisor of 64 channels"),
+        (["--batch-size", "4"], "--batch-size 4: whitening after pooling needs at least 8"),
+        (["--batch-size", "999"], "--batch-size 999: expected at most the 54 slices"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_what_cannot_work_is_refused_before_anything_is_written(
+    flags, tmp_path, capsys, choice, message
+):
+    output = tmp_path / "refused"
+    assert run_command(pretrain.main, [*flags, *choice, "--output", str(output)]) == 2
+    assert message in capsys.readouterr().err
+    assert not output.exists()
+
+
+def test_resume_refuses_another_method(unbroken, capsys):
+    arguments = ["--output", str(unbroken), "--resume", "--method", "mocov2"]
+    assert run_command(pretrain.main, arguments) == 2
+    assert "was started with --method medmoco, got mocov2" in capsys.readouterr().err
+
+
+def test_resume_refuses_a_checkpoint_of_another_architecture(unbroken, tmp_path, capsys):
+    output = tmp_path / "copy"
+    (output / "checkpoints").mkdir(parents=True)
+    (output / "config.json").write_bytes((unbroken / "config.json").read_bytes())
+    content = torch.load(unbroken / "checkpoints" / "last.pt", weights_only=True)
+    content["identity"]["arch"] = "resnet50"
+    torch.save(content, output / "checkpoints" / "last.pt")
+    assert run_command(pretrain.main, ["--output", str(output), "--resume"]) == 2
+    error = capsys.readouterr().err
+    assert "checkpoint of another run: expected arch = 'resnet18', got 'resnet50'" in error
+
+
+def test_a_finished_run_resumes_to_the_same_result(unbroken):
+    before = state(unbroken)
+    pretrain.main(["--output", str(unbroken), "--resume"])
+    torch.testing.assert_close(state(unbroken), before, rtol=0, atol=0)
+
+
+def test_occupied_output_is_refused_and_left_alone(flags, tmp_path, capsys):
+    (tmp_path / "thesis.txt").write_text("draft")
+    assert run_command(pretrain.main, [*flags, "--output", str(tmp_path)]) == 2
+    assert "the folder is not empty" in capsys.readouterr().err
+    assert run_command(pretrain.main, [*flags, "--output", str(tmp_path), "--overwrite"]) == 2
+    assert "so it is not a run" in capsys.readouterr().err
+    assert [file.name for file in tmp_path.iterdir()] == ["thesis.txt"]
