@@ -1,0 +1,160 @@
+// Argument checks, shared by both devices. medmoco/ops/checks.py holds the same checks in Python,
+// for tracing and for devices without a kernel; a test keeps the messages equal.
+//
+// They throw std::runtime_error: STD_TORCH_CHECK would add this file's path to the message.
+
+#pragma once
+
+#include <torch/csrc/stable/tensor.h>
+
+#include <cmath>
+#include <cstdint>
+#include <cstdio>
+#include <optional>
+#include <sstream>
+#include <stdexcept>
+#include <string>
+
+namespace medmoco {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+template <typename... Parts>
+[[noreturn]] void fail(const Parts&... parts) {
+  std::ostringstream message;
+  (message << ... << parts);
+  throw std::runtime_error(message.str());
+}
+
+// As Python prints a tuple: (), (4,), (4, 128).
+inline std::string shape_text(const Tensor& tensor) {
+  std::ostringstream text;
+  text << "(";
+  for (int64_t d = 0; d < tensor.dim(); ++d) text << (d ? ", " : "") << tensor.size(d);
+  text << (tensor.dim() == 1 ? ",)" : ")");
+  return text.str();
+}
+
+inline std::string dtype_text(const Tensor& tensor) {
+  switch (tensor.scalar_type()) {
+    case ScalarType::Float: return "float32";
+    case ScalarType::Double: return "float64";
+    case ScalarType::Half: return "float16";
+    case ScalarType::BFloat16: return "bfloat16";
+    case ScalarType::Byte: return "uint8";
+    case ScalarType::Char: return "int8";
+    case ScalarType::Short: return "int16";
+    case ScalarType::Int: return "int32";
+    case ScalarType::Long: return "int64";
+    case ScalarType::Bool: return "bool";
+    default: return torch::headeronly::toString(tensor.scalar_type());
+  }
+}
+
+inline std::string device_text(const Tensor& tensor) {
+  if (tensor.is_cpu()) return "cpu";
+  return (tensor.is_cuda() ? "cuda:" : "device:") + std::to_string(tensor.get_device_index());
+}
+
+inline std::string number_text(double value) {
+  char text[32];
+  std::snprintf(text, sizeof text, "%g", value);
+  return std::isnan(value) ? "nan" : text;
+}
+
+inline bool is_floating(const Tensor& tensor) {
+  const ScalarType dtype = tensor.scalar_type();
+  return dtype == ScalarType::Float || dtype == ScalarType::Double || dtype == ScalarType::Half ||
+         dtype == ScalarType::BFloat16;
+}
+
+inline void check_same_kind(const char* op, const char* name, const Tensor& tensor,
+                            const Tensor& query) {
+  if (tensor.scalar_type() != query.scalar_type()) {
+    fail(op, ": ", name, " must be ", dtype_text(query), " to match query, got ",
+         dtype_text(tensor));
+  }
+  if (device_text(tensor) != device_text(query)) {
+    fail(op, ": ", name, " must be on ", device_text(query), " to match query, got ",
+         device_text(tensor));
+  }
+}
+
+inline void check_temperature(const char* op, double temperature) {
+  if (!(temperature > 0 && std::isfinite(temperature))) {
+    fail(op, ": temperature must be positive and finite, got ", number_text(temperature));
+  }
+}
+
+inline void check_ids(const char* op, const char* name, const Tensor& ids, int64_t count,
+                      const Tensor& query) {
+  if (ids.scalar_type() != ScalarType::Long || ids.dim() != 1 || ids.size(0) != count) {
+    fail(op, ": ", name, " must be int64 (", count, ",), got ", dtype_text(ids), " ",
+         shape_text(ids));
+  }
+  if (device_text(ids) != device_text(query)) {
+    fail(op, ": ", name, " must be on ", device_text(query), " to match query, got ",
+         device_text(ids));
+  }
+}
+
+inline void check_queue_info_nce(const Tensor& query, const Tensor& key, const Tensor& queue,
+                                 double temperature, const std::optional<Tensor>& query_ids,
+                                 const std::optional<Tensor>& queue_ids) {
+  const char* op = "queue_info_nce";
+  if (query.dim() != 2) {
+    fail(op, ": query must be (batch, embed_dim), got ", shape_text(query));
+  }
+  if (!is_floating(query)) {
+    fail(op, ": query must be float32, float64, bfloat16 or float16, got ", dtype_text(query));
+  }
+  if (key.dim() != 2 || key.size(0) != query.size(0) || key.size(1) != query.size(1)) {
+    fail(op, ": key must be ", shape_text(query), " to match query, got ", shape_text(key));
+  }
+  if (queue.dim() != 2 || queue.size(1) != query.size(1)) {
+    fail(op, ": queue must be (queue_size, ", query.size(1), ") to match query, got ",
+         shape_text(queue));
+  }
+  check_same_kind(op, "key", key, query);
+  check_same_kind(op, "queue", queue, query);
+  check_temperature(op, temperature);
+  if (query_ids.has_value() != queue_ids.has_value()) {
+    fail(op, ": query_ids and queue_ids must be given together, got only ",
+         query_ids ? "query_ids" : "queue_ids");
+  }
+  if (query_ids) {
+    check_ids(op, "query_ids", *query_ids, query.size(0), query);
+    check_ids(op, "queue_ids", *queue_ids, queue.size(0), query);
+  }
+}
+
+inline void check_queue_info_nce_backward(const Tensor& grad_loss, const Tensor& query,
+                                          const Tensor& loss, const Tensor& direction,
+                                          double temperature, bool compute_grad_query) {
+  const char* op = "queue_info_nce_backward";
+  if (query.dim() != 2 || !is_floating(query)) {
+    fail(op, ": query must be a floating (batch, embed_dim), got ", dtype_text(query), " ",
+         shape_text(query));
+  }
+  const bool wide = query.scalar_type() == ScalarType::Double;
+  const ScalarType loss_dtype = wide ? ScalarType::Double : ScalarType::Float;
+  const char* expected = wide ? "float64 (" : "float32 (";
+  auto check_row_values = [&](const char* name, const Tensor& rows) {
+    if (rows.scalar_type() != loss_dtype || rows.dim() != 1 || rows.size(0) != query.size(0)) {
+      fail(op, ": ", name, " must be ", expected, query.size(0), ",), got ", dtype_text(rows), " ",
+           shape_text(rows));
+    }
+  };
+  check_row_values("grad_loss", grad_loss);
+  check_row_values("loss", loss);
+  if (compute_grad_query &&
+      (direction.scalar_type() != loss_dtype || direction.dim() != 2 ||
+       direction.size(0) != query.size(0) || direction.size(1) != query.size(1))) {
+    fail(op, ": direction must be ", wide ? "float64 " : "float32 ", shape_text(query), ", got ",
+         dtype_text(direction), " ", shape_text(direction));
+  }
+  check_temperature(op, temperature);
+}
+
+}  // namespace medmoco

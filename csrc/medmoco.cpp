@@ -1,0 +1,15 @@
+// The schema of every operator. Kernels are registered beside their code, in cpu/ and cuda/;
+// the Python side (fake, autograd, autocast) is in medmoco/ops/.
+
+#include <torch/csrc/stable/library.h>
+
+STABLE_TORCH_LIBRARY(medmoco, m) {
+  m.def(
+      "queue_info_nce(Tensor query, Tensor key, Tensor queue, float temperature=0.2, "
+      "Tensor? query_ids=None, Tensor? queue_ids=None, bool compute_direction=True, "
+      "bool allow_tf32=False) -> (Tensor loss, Tensor rank, Tensor direction)");
+  m.def(
+      "queue_info_nce_backward(Tensor grad_loss, Tensor query, Tensor loss, Tensor direction, "
+      "float temperature, bool compute_grad_query, bool compute_grad_key) "
+      "-> (Tensor grad_query, Tensor grad_key)");
+}

@@ -1,0 +1,23 @@
+"""Contrastive pretraining for medical image segmentation.
+
+Importing the package loads the compiled operators, `torch.ops.medmoco.*`.
+"""
+
+from importlib import metadata as _metadata
+
+import torch as _torch  # the extension finds libtorch through it
+
+try:
+    from medmoco import _C as _C
+except ImportError as error:
+    raise ImportError(
+        f"medmoco's compiled operators cannot be loaded ({error}). Build them with: "
+        "pip install -e ."
+    ) from error
+
+try:
+    __version__ = _metadata.version("medmoco")
+except _metadata.PackageNotFoundError:  # run from a source folder that is not installed
+    __version__ = _C.build_info()["version"]
+
+__all__ = ["__version__"]

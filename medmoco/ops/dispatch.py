@@ -1,0 +1,46 @@
+"""What the operators share between the Python call and the compiled kernel."""
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+
+CHUNK_BYTES = 256 * 2**20  # of logits at a time, where the reference stands in for a kernel
+
+
+def has_kernel(op: str, device: torch.device) -> bool:
+    """Whether `op` may run compiled on `device`.
+
+    Kernels that no GPU has run yet are registered only with MEDMOCO_UNVERIFIED=1.
+    """
+    return device.type == "cpu" or _is_registered(op, device.type)
+
+
+@torch.compiler.assume_constant_result
+def _is_registered(op: str, device_type: str) -> bool:
+    key = {"cuda": "CUDA", "meta": "Meta"}.get(device_type)
+    if key is None:
+        return False
+    return torch._C._dispatch_has_kernel_for_dispatch_key(f"medmoco::{op}", key)
+
+
+@torch.compiler.assume_constant_result
+def tf32_allowed() -> bool:
+    """Whether the user has let CUDA matrix products round float32 operands to TF32."""
+    return torch.backends.cuda.matmul.fp32_precision == "tf32"
+
+
+def wide_dtype(tensor: Tensor) -> torch.dtype:
+    """What is accumulated in: float64 for float64, float32 for all else."""
+    return torch.float64 if tensor.dtype == torch.float64 else torch.float32
+
+
+def autocast_operands(device_type: str, tensors: Iterable[Tensor]) -> list[Tensor]:
+    """The tensors in autocast's dtype where autocast is on; float64 stays, as in PyTorch."""
+    tensors = list(tensors)
+    if not torch.is_autocast_enabled(device_type):
+        return tensors
+    dtype = torch.get_autocast_dtype(device_type)
+    return [
+        t.to(dtype) if t.is_floating_point() and t.dtype != torch.float64 else t for t in tensors
+    ]

@@ -1,0 +1,145 @@
+"""Builds medmoco._C: every operator's C++ and, where a CUDA compiler fits torch, CUDA kernels.
+
+Environment: MEDMOCO_CUDA=0 builds for the CPU alone, FORCE_CUDA=1 insists on CUDA, CUDA_HOME and
+TORCH_CUDA_ARCH_LIST mean what they mean to torch, MAX_JOBS limits the compilers run at once.
+"""
+
+import glob
+import os
+import platform
+import re
+import shutil
+import subprocess
+import sys
+import sysconfig
+from pathlib import Path
+
+import torch
+from setuptools import Extension, setup
+
+ROOT = Path(__file__).parent
+TORCH_TARGET = (2, 11)  # the oldest torch that the built extension runs with
+CUDA_ARCHITECTURES = "8.0+PTX;9.0a"
+
+
+def find_cuda_home() -> Path | None:
+    """The first folder that holds both nvcc and the runtime's headers."""
+    nvcc = shutil.which("nvcc")
+    guesses = [os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH")]
+    if nvcc:  # a link or a script on the PATH need not lie in the toolkit
+        guesses += [str(Path(nvcc).parents[1]), str(Path(nvcc).resolve().parents[1])]
+    guesses.append("/usr/local/cuda")
+    guesses += sorted(glob.glob(f"{sysconfig.get_path('purelib')}/nvidia/cu[0-9]*"), reverse=True)
+    for home in map(Path, filter(None, guesses)):
+        if (home / "bin/nvcc").exists() and (home / "include/cuda_runtime.h").exists():
+            return home
+    return None
+
+
+def cuda_release(cuda_home: Path) -> str:
+    """Such as 13.0, as `nvcc --version` prints it."""
+    text = subprocess.check_output([cuda_home / "bin/nvcc", "--version"], text=True)
+    return re.search(r"release (\d+\.\d+)", text)[1]
+
+
+def say(message: str) -> None:
+    """pip hides a build's output unless it fails or runs with -v, but not the terminal itself."""
+    text = f"\n{'=' * 80}\nmedmoco: {message}\n{'=' * 80}\n"
+    print(text, file=sys.stderr, flush=True)
+    try:
+        Path("/dev/tty").write_text(text)
+    except OSError:
+        pass
+
+
+def choose_cuda() -> Path | None:
+    """The CUDA toolkit to build with, or None for a CPU-only build, which says why.
+
+    Whether a GPU is visible does not matter: clusters build on nodes without one.
+    """
+    if os.environ.get("MEDMOCO_CUDA") == "0":
+        say("building for the CPU only, as MEDMOCO_CUDA=0 asks")
+        return None
+    forced = os.environ.get("FORCE_CUDA") == "1"
+    home = find_cuda_home()
+    if home is None:
+        reason = "no CUDA toolkit was found (nvcc and cuda_runtime.h); CUDA_HOME names its folder"
+    elif torch.version.cuda is None and not forced:
+        reason = f"torch {torch.__version__} is a CPU build; FORCE_CUDA=1 compiles CUDA regardless"
+    elif torch.version.cuda and cuda_release(home).split(".")[0] != torch.version.cuda.split(".")[0]:
+        reason = (
+            f"{home} is CUDA {cuda_release(home)} but torch {torch.__version__} was built with "
+            f"CUDA {torch.version.cuda}: the major versions must agree"
+        )
+        if forced:  # torch.utils.cpp_extension refuses the mismatch later, less clearly
+            raise SystemExit(f"medmoco: FORCE_CUDA=1, but {reason}")
+    else:
+        return home
+    if forced and home is None:
+        raise SystemExit(f"medmoco: FORCE_CUDA=1, but {reason}")
+    say(f"building for the CPU only: {reason}")
+    return None
+
+
+cuda_home = choose_cuda()
+if cuda_home:
+    # Read when torch.utils.cpp_extension is imported; its own guess may lack the headers.
+    os.environ["CUDA_HOME"] = str(cuda_home)
+    # Without a list and without a GPU torch raises an IndexError.
+    os.environ.setdefault("TORCH_CUDA_ARCH_LIST", CUDA_ARCHITECTURES)
+
+from torch.utils.cpp_extension import BuildExtension, include_paths, library_paths  # noqa: E402
+
+
+class BuildOperators(BuildExtension):
+    """Adds what is known only once setuptools has read pyproject.toml."""
+
+    def build_extensions(self) -> None:
+        version = self.distribution.get_version()
+        for extension in self.extensions:
+            for flags in extension.extra_compile_args.values():
+                flags.append(f'-DMEDMOCO_VERSION="{version}"')
+        super().build_extensions()
+
+
+def extension() -> Extension:
+    """The one extension. Kernels use LibTorch's stable ABI, so it outlives torch upgrades.
+
+    It must load into a torch without CUDA: cudart is linked statically, libtorch_cuda not at all.
+    """
+    import pybind11
+
+    target = f"-DTORCH_TARGET_VERSION=0x{TORCH_TARGET[0]:02x}{TORCH_TARGET[1]:02x}000000000000"
+    common = [target, "-O3", f"-I{ROOT / 'csrc'}"]
+    cxx = [*common, "-fvisibility=hidden", "-Wall", "-Wextra"]
+    # GCC notes, for each header, that vectors wider than the baseline change the calling
+    # convention; ours are always inlined.
+    cxx += ["-Wno-psabi", "-Wno-unknown-pragmas"]
+    nvcc = [*common, "-Xcompiler", "-fvisibility=hidden", "-Xcompiler", "-Wall", "-lineinfo"]
+    libraries = ["torch_cpu"]
+    link = ["-Wl,--as-needed", "-Wl,--exclude-libs,ALL"] if platform.system() == "Linux" else []
+    sources = glob.glob("csrc/*.cpp") + glob.glob("csrc/cpu/*.cpp")
+    folders = library_paths()
+    if cuda_home:
+        sources += glob.glob("csrc/cuda/*.cu")
+        folders += [str(cuda_home / "lib64"), str(cuda_home / "lib")]
+        libraries += ["cudart_static", "dl", "rt", "pthread"]
+        architectures = os.environ["TORCH_CUDA_ARCH_LIST"]
+        cxx += [
+            f'-DMEDMOCO_CUDA_VERSION="{cuda_release(cuda_home)}"',
+            f'-DMEDMOCO_CUDA_ARCHITECTURES="{architectures}"',
+        ]
+    return Extension(
+        "medmoco._C",
+        sorted(sources),
+        include_dirs=[*include_paths("cuda" if cuda_home else "cpu"), pybind11.get_include()],
+        library_dirs=folders,
+        libraries=libraries,
+        extra_compile_args={"cxx": cxx, "nvcc": nvcc},
+        extra_link_args=link,
+        language="c++",
+        depends=glob.glob("csrc/**/*.h", recursive=True) + glob.glob("csrc/**/*.cuh", recursive=True),
+    )
+
+
+setup(ext_modules=[extension()], cmdclass={"build_ext": BuildOperators})
