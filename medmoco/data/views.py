@@ -94,6 +94,34 @@ def sample_views(
     )
 
 
+def change_intensities(image: Tensor, config: ViewConfig, generator: Generator | None) -> Tensor:
+    """Random gamma, contrast, brightness, blur and noise, drawn for each image.
+
+    Args:
+        image: (B, 1, H, W) in [0, 1].
+        config: their ranges; the rest of it is not used.
+        generator: on the image's device.
+
+    Returns:
+        (B, 1, H, W), clipped to [0, 1].
+    """
+    shape = (image.shape[0], 1, 1, 1)
+    log_gamma = (math.log(config.gamma[0]), math.log(config.gamma[1]))
+    gamma = _uniform(shape, log_gamma, image, generator).exp()
+    contrast = _uniform(shape, config.contrast, image, generator)
+    brightness = _uniform(shape, (-config.brightness, config.brightness), image, generator)
+    sigma = _uniform(shape, config.blur, image, generator)
+    blurred = _uniform(shape, (0.0, 1.0), image, generator) < config.blur_probability
+    noise_level = _uniform(shape, (0.0, config.noise), image, generator)
+    image = image.clamp(0, 1).pow(gamma)
+    mean = image.mean(dim=(-2, -1), keepdim=True)
+    image = (image - mean) * contrast + mean + brightness
+    # Noise comes last, since blur would take it away.
+    image = _blur(image, sigma * blurred, config.blur[1])
+    noise = torch.empty_like(image).normal_(generator=generator)
+    return (image + noise_level * noise).clamp(0, 1)
+
+
 def corresponding_coordinates(
     affine_from: Tensor, affine_to: Tensor, size: int
 ) -> tuple[Tensor, Tensor]:
@@ -181,27 +209,13 @@ def _draw_affines(extent: Tensor, config: ViewConfig, generator: Generator | Non
 def _render(
     canvas: Tensor, affine: Tensor, config: ViewConfig, generator: Generator | None
 ) -> View:
-    grid = _transform(affine.to(canvas.dtype), _cell_centres(config.size, canvas))
-    image = F.grid_sample(canvas, grid, align_corners=False)
-    return View(_change_intensities(image, config, generator), affine)
-
-
-def _change_intensities(image: Tensor, config: ViewConfig, generator: Generator | None) -> Tensor:
-    """Gamma, contrast, brightness, blur, noise. Noise comes last: blur would take it away."""
-    shape = (image.shape[0], 1, 1, 1)
-    log_gamma = (math.log(config.gamma[0]), math.log(config.gamma[1]))
-    gamma = _uniform(shape, log_gamma, image, generator).exp()
-    contrast = _uniform(shape, config.contrast, image, generator)
-    brightness = _uniform(shape, (-config.brightness, config.brightness), image, generator)
-    sigma = _uniform(shape, config.blur, image, generator)
-    blurred = _uniform(shape, (0.0, 1.0), image, generator) < config.blur_probability
-    noise_level = _uniform(shape, (0.0, config.noise), image, generator)
-    image = image.clamp(0, 1).pow(gamma)
-    mean = image.mean(dim=(-2, -1), keepdim=True)
-    image = (image - mean) * contrast + mean + brightness
-    image = _blur(image, sigma * blurred, config.blur[1])
-    noise = torch.empty_like(image).normal_(generator=generator)
-    return (image + noise_level * noise).clamp(0, 1)
+    # A canvas finer than the view is read at more points, and averaged, lest it alias.
+    oversampling = math.ceil(canvas.shape[-1] / config.size)
+    points = _cell_centres(config.size * oversampling, canvas)
+    image = F.grid_sample(canvas, _transform(affine.to(canvas), points), align_corners=False)
+    if oversampling > 1:
+        image = F.avg_pool2d(image, oversampling)
+    return View(change_intensities(image, config, generator), affine)
 
 
 def _blur(image: Tensor, sigma: Tensor, largest: float) -> Tensor:

@@ -123,9 +123,9 @@ class Encoder(nn.Module):
             dilation *= native_stride // stride
             for conv in spatial[1:]:
                 _set_geometry(conv, 1, dilation)
-            shortcut = layer[0].downsample
-            if shortcut is not None:
-                shortcut[0].stride = (stride, stride)
+            first: Any = layer[0]
+            if first.downsample is not None:
+                first.downsample[0].stride = (stride, stride)
             reached *= stride
 
 
@@ -136,14 +136,9 @@ def default_output_stride(image_size: int) -> int:
     return 8 if image_size <= 256 else 16
 
 
-def last_norm(encoder: Encoder) -> nn.Module:
-    """The normalisation before the last residual sum: `layer4[-1].bn2`, or bn3 in a bottleneck."""
-    return getattr(encoder.layer4[-1], _last_norm_name(encoder))
-
-
-def replace_last_norm(encoder: Encoder, layer: nn.Module) -> None:
-    """Puts `layer` in place of the normalisation before the last residual sum."""
-    setattr(encoder.layer4[-1], _last_norm_name(encoder), layer)
+def last_norm_name(encoder: Encoder) -> str:
+    """Name in `layer4[-1]` of the normalisation before the last residual sum."""
+    return "bn3" if isinstance(encoder.layer4[-1], Bottleneck) else "bn2"
 
 
 def fold_whitening(encoder: Encoder) -> Encoder:
@@ -157,23 +152,24 @@ def fold_whitening(encoder: Encoder) -> Encoder:
         encoder: left as it is. Without a whitening layer the copy is plain.
     """
     folded = copy.deepcopy(encoder).eval()
-    whitening: Any = last_norm(folded)
+    block: Any = folded.layer4[-1]
+    whitening = getattr(block, last_norm_name(folded))
     if isinstance(whitening, nn.BatchNorm2d):
         return folded
-    mean, matrix = whitening.whitening_matrix()
+    # In float64, which neither autocast nor TF32 rounds.
+    mean, matrix = (value.double() for value in whitening.whitening_matrix())
     variance = whitening.output_variance()
-    block = folded.layer4[-1]
     conv = block.conv3 if isinstance(block, Bottleneck) else block.conv2
     norm = nn.BatchNorm2d(len(mean)).to(mean.device).eval()
     with torch.no_grad():
-        conv.weight.copy_(torch.einsum("oi,ihkl->ohkl", matrix, conv.weight.to(matrix.dtype)))
+        conv.weight.copy_(torch.einsum("oi,ihkl->ohkl", matrix, conv.weight.double()))
         norm.running_mean.copy_(matrix @ mean)  # type: ignore[union-attr]
         norm.running_var.copy_(variance)  # type: ignore[union-attr]
-        norm.weight.copy_((norm.running_var + norm.eps).sqrt())  # type: ignore[operator]
+        norm.weight.copy_((variance + norm.eps).sqrt())
         if whitening.weight is not None:
             norm.weight.mul_(whitening.weight)
             norm.bias.copy_(whitening.bias)
-    replace_last_norm(folded, norm)
+    setattr(block, last_norm_name(folded), norm)
     return folded
 
 
@@ -221,7 +217,7 @@ def load_encoder(path: Path) -> tuple[Encoder, dict[str, Any]]:
     problem = _mismatch(encoder.state_dict(), state)
     if problem:
         raise UserError(f"{path}: the weights do not fit {encoder.arch}: {problem}")
-    encoder.load_state_dict(state, assign=True)  # type: ignore[arg-type]
+    encoder.load_state_dict(state, assign=True)
     del content["format"], content["version"]
     return encoder.eval(), content
 
@@ -243,10 +239,6 @@ def _set_geometry(conv: nn.Conv2d, stride: int, dilation: int) -> None:
     conv.stride = (stride, stride)
     conv.dilation = (dilation, dilation)
     conv.padding = (dilation, dilation)
-
-
-def _last_norm_name(encoder: Encoder) -> str:
-    return "bn3" if isinstance(encoder.layer4[-1], Bottleneck) else "bn2"
 
 
 def _read_content(path: Path) -> dict[str, Any]:

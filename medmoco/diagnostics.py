@@ -1,0 +1,234 @@
+"""How features spread over their dimensions, or collapse.
+
+All arithmetic is float64 on the CPU, whatever the features come in.
+"""
+
+import dataclasses
+import math
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+_RANKME_EPS = 1e-7  # as published, added to each share of the singular values
+_ALPHA_FIRST, _ALPHA_LAST = 11, 100  # ranks of the log-log fit, counted from 1
+_ALPHA_LEAST = 20  # fewer eigenvalues leave too short a stretch to fit
+_CHANCE_MARGIN = 0.05
+_STD_FLOOR = 0.3
+_MEAN_SHARE_CEILING = 0.9
+
+
+@dataclasses.dataclass(frozen=True)
+class Diagnostics:
+    """Measures of one set of feature vectors (N, D). None stands where one is not defined.
+
+    Attributes:
+        samples: N. The ranks mean little unless N is well above D.
+        dimensions: D.
+        rankme: effective rank of the matrix as it is, in [1, min(N, D)].
+        rankme_centred: the same after the mean vector is taken away, in [1, min(N - 1, D)].
+        rank_share: rankme_centred as a share of the most that is attainable, min(N - 1, D).
+        alpha_req: exponent of the decay of the covariance's eigenvalues.
+        mean_abs_correlation: between two dimensions, in [0, 1].
+        std_sqrt_d: standard deviation of a dimension of the unit vectors, times sqrt(D): 1 when
+            they spread evenly, 0 when all are the same.
+        mean_share: squared length of the mean over the mean squared length, in [0, 1].
+        spectrum: eigenvalues, descending, of the covariance of the unit vectors.
+    """
+
+    samples: int
+    dimensions: int
+    rankme: float | None = None
+    rankme_centred: float | None = None
+    rank_share: float | None = None
+    alpha_req: float | None = None
+    mean_abs_correlation: float | None = None
+    std_sqrt_d: float | None = None
+    mean_share: float | None = None
+    spectrum: list[float] = dataclasses.field(default_factory=list)
+
+
+def diagnose(features: Tensor) -> Diagnostics:
+    """Everything of `Diagnostics` for features (N, D); undefined for N < 2 or non-finite values."""
+    samples, dimensions = features.shape
+    features = _prepared(features)
+    if samples < 2 or not bool(features.isfinite().all()):
+        return Diagnostics(samples, dimensions)
+    rankme_centred = rankme(features, centred=True)
+    attainable = min(samples - 1, dimensions)
+    return Diagnostics(
+        samples=samples,
+        dimensions=dimensions,
+        rankme=rankme(features),
+        rankme_centred=rankme_centred,
+        rank_share=None if rankme_centred is None else rankme_centred / attainable,
+        alpha_req=alpha_req(features),
+        mean_abs_correlation=mean_abs_correlation(features),
+        std_sqrt_d=std_sqrt_d(features),
+        mean_share=mean_share(features),
+        spectrum=spectrum(features).tolist(),
+    )
+
+
+def spectrum(features: Tensor) -> Tensor:
+    """Eigenvalues of the covariance of the L2-normalised vectors [1].
+
+    Args:
+        features: (N, D).
+
+    Returns:
+        (min(N, D),) float64, descending; the covariance's other eigenvalues are 0.
+
+    [1] Jing et al., 2022, arXiv:2110.09348.
+    """
+    unit = F.normalize(_prepared(features), dim=1)
+    return _covariance_eigenvalues(unit)
+
+
+def rankme(features: Tensor, centred: bool = False) -> float | None:
+    """Effective rank exp(-sum p log p), p_k = sigma_k / sum(sigma) + 1e-7 [1].
+
+    Args:
+        features: (N, D), not centred by the published definition.
+        centred: takes the mean vector away first.
+
+    Returns:
+        In [1, min(N, D)], or None when all singular values are 0.
+
+    [1] Garrido et al., 2023, arXiv:2210.02885, eq. 1 and 2.
+    """
+    features = _prepared(features)
+    scale = features.abs().max()
+    if centred:
+        features = features - features.mean(0)
+    singular = torch.linalg.svdvals(features)
+    # What centring leaves of equal vectors is rounding, and its rank means nothing.
+    if float(singular[0]) <= _rounding(features) * float(scale):
+        return None
+    share = singular / singular.sum() + _RANKME_EPS
+    return float(torch.exp(-(share * share.log()).sum()))
+
+
+def alpha_req(features: Tensor) -> float | None:
+    """Exponent alpha of the decay lambda_i ~ i^-alpha of the covariance's eigenvalues [1].
+
+    A line through log lambda against log i on ranks 11 to 100, as many as there are.
+
+    Args:
+        features: (N, D).
+
+    Returns:
+        alpha, or None with fewer than 20 eigenvalues above rounding.
+
+    [1] Agrawal et al., 2022, "alpha-ReQ", NeurIPS.
+    """
+    features = _prepared(features)
+    eigenvalues = _covariance_eigenvalues(features)
+    # Eigenvalues are squares of singular values, so rounding is squared too.
+    floor = eigenvalues[0] * _rounding(features) ** 2
+    eigenvalues = eigenvalues[(eigenvalues > floor) & (eigenvalues > 0)]
+    if len(eigenvalues) < _ALPHA_LEAST:
+        return None
+    value = eigenvalues[_ALPHA_FIRST - 1 : _ALPHA_LAST].log()
+    rank = torch.arange(_ALPHA_FIRST, _ALPHA_FIRST + len(value), dtype=torch.float64).log()
+    rank = rank - rank.mean()
+    return float(-(rank @ value) / (rank @ rank))
+
+
+def mean_abs_correlation(features: Tensor) -> float | None:
+    """Mean |correlation| of two different dimensions; constant dimensions are left out.
+
+    Args:
+        features: (N, D).
+
+    Returns:
+        In [0, 1], or None with fewer than 2 dimensions that vary.
+    """
+    features = _prepared(features)
+    centred = features - features.mean(0)
+    deviation = centred.norm(dim=0)
+    varies = deviation > _rounding(features) * features.norm(dim=0)
+    standardised = centred[:, varies] / deviation[varies]
+    count = standardised.shape[1]
+    if count < 2:
+        return None
+    total = (standardised.T @ standardised).abs().sum() - count  # the diagonal is 1
+    return float((total / (count * (count - 1))).clamp(0, 1))
+
+
+def std_sqrt_d(features: Tensor) -> float:
+    """Mean standard deviation of a dimension of the L2-normalised vectors, times sqrt(D) [1].
+
+    Args:
+        features: (N, D).
+
+    Returns:
+        In [0, 1]: 1 for vectors that spread evenly over the sphere.
+
+    [1] Chen and He, 2021, arXiv:2011.10566, section 4.1.
+    """
+    unit = F.normalize(_prepared(features), dim=1)
+    return float(unit.std(0, correction=0).mean() * math.sqrt(unit.shape[1]))
+
+
+def mean_share(features: Tensor) -> float | None:
+    """|mean of z|^2 over the mean of |z|^2: 1 when all vectors are the same, else less.
+
+    Args:
+        features: (N, D).
+
+    Returns:
+        In [0, 1], or None when all vectors are 0.
+    """
+    features = _prepared(features)
+    energy = features.square().sum(1).mean()
+    if float(energy) == 0:
+        return None
+    return min(1.0, float(features.mean(0).square().sum() / energy))
+
+
+def collapse_warnings(
+    loss: float | None, chance: float, features: Diagnostics, embeddings: Diagnostics
+) -> list[str]:
+    """Sentences for the signs of collapse that hold. Rank is no such sign: it may fall where
+    segmentation gets better.
+
+    Args:
+        loss: of the contrast, in nats, averaged over the epoch; None before the first.
+        chance: log(K + 1), the loss of guessing among the positive and K negatives.
+        features: of the pooled features.
+        embeddings: of the projected vectors.
+    """
+    warnings = []
+    if loss is not None and abs(loss - chance) <= _CHANCE_MARGIN * chance:
+        warnings.append(
+            f"The loss of {loss:.3f} stays within 5 % of chance, log(K + 1) = {chance:.3f}: "
+            "queries are not told from the negatives."
+        )
+    for name, found in (("features", features), ("embeddings", embeddings)):
+        if found.std_sqrt_d is not None and found.std_sqrt_d < _STD_FLOOR:
+            warnings.append(
+                f"The {name} hardly vary: the standard deviation of a dimension times sqrt(D) is "
+                f"{found.std_sqrt_d:.2f}, below {_STD_FLOOR} (1 is an even spread)."
+            )
+        if found.mean_share is not None and found.mean_share > _MEAN_SHARE_CEILING:
+            warnings.append(
+                f"The {name} point the same way: {found.mean_share:.0%} of their energy lies in "
+                f"the mean vector, more than {_MEAN_SHARE_CEILING:.0%}."
+            )
+    return warnings
+
+
+def _prepared(features: Tensor) -> Tensor:
+    return features.detach().to("cpu", torch.float64)
+
+
+def _covariance_eigenvalues(features: Tensor) -> Tensor:
+    """Through singular values, which resolve small eigenvalues that the covariance would lose."""
+    centred = features - features.mean(0)
+    return torch.linalg.svdvals(centred).square() / len(centred)
+
+
+def _rounding(features: Tensor) -> float:
+    """Relative size below which a singular value is rounding, as in matrix_rank."""
+    return max(features.shape) * torch.finfo(torch.float64).eps
