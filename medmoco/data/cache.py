@@ -5,16 +5,13 @@ volumes one after another as stacks (n, h, w). It is built in a temporary siblin
 it is whole, under a lock that the system releases if the process dies.
 """
 
-import fcntl
-import json
 import os
 import shutil
 import tempfile
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, astuple, dataclass, replace
-from hashlib import blake2b
+from dataclasses import asdict, dataclass, replace
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -23,6 +20,8 @@ import numpy as np
 from tqdm import tqdm
 
 from medmoco.data.convert import coarsest_axis, guess_modality, to_classes, to_pixels
+from medmoco.data.key import cache_key
+from medmoco.data.lock import locked
 from medmoco.data.nifti import VolumeError
 from medmoco.data.sources import Source, folder_sources, task_sources
 from medmoco.data.store import (
@@ -55,9 +54,6 @@ __all__ = [
     "task_sources",
 ]
 
-VERSION = 1  # of the files and the conversion; part of the key
-EDGE_BYTES = 64 << 10  # of each end of a file go into the key; a .gz ends with CRC and length
-
 
 def build_cache(
     sources: Sequence[Source],
@@ -83,11 +79,11 @@ def build_cache(
             cache cannot be written.
     """
     root = Path(root)
-    key = _key(sources, settings, classes, values)
+    key = cache_key(sources, settings, classes, values)
     directory = root / key
     try:
         root.mkdir(parents=True, exist_ok=True)
-        with _locked(root / f".{key}.lock"):
+        with locked(root / f".{key}.lock", "cache"):
             cache = _open(directory)
             if cache is None:
                 labelled = (tuple(classes), tuple(values)) if classes and values else ((), ())
@@ -100,49 +96,6 @@ def build_cache(
     if cache.bad and not skip_bad:
         raise _all_bad(cache.bad, len(sources))
     return cache
-
-
-def _key(
-    sources: Sequence[Source],
-    settings: CacheSettings,
-    classes: Sequence[str] | None,
-    values: Sequence[int] | None,
-) -> str:
-    """Changes with whatever would change the cache: settings, names, and the files' content."""
-    digest = blake2b(digest_size=10)
-    described = [VERSION, astuple(settings), classes, values]
-    digest.update(json.dumps(described).encode())
-    for source in sources:
-        digest.update(json.dumps([source.case, source.patient]).encode())
-        for path in (source.image, source.label):
-            digest.update(_fingerprint(path) if path else b"no label")
-    return digest.hexdigest()
-
-
-def _fingerprint(path: Path) -> bytes:
-    """Path, size, both ends; also the time of a file that is not compressed: it has no checksum."""
-    name = os.fsencode(os.path.abspath(path))
-    try:
-        with open(path, "rb") as file:
-            state = os.fstat(file.fileno())
-            head = file.read(EDGE_BYTES)
-            file.seek(max(len(head), state.st_size - EDGE_BYTES))
-            tail = file.read(EDGE_BYTES)
-    except OSError as error:
-        return name + b" " + type(error).__name__.encode()
-    time = 0 if path.name.endswith(".gz") else state.st_mtime_ns
-    return name + f" {state.st_size} {time} ".encode() + blake2b(head + tail).digest()
-
-
-@contextmanager
-def _locked(path: Path) -> Iterator[None]:
-    with open(path, "w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            print("cache: another process is building it, waiting", flush=True)
-            fcntl.flock(file, fcntl.LOCK_EX)
-        yield
 
 
 def _open(directory: Path) -> SliceCache | None:
@@ -240,7 +193,8 @@ def _convert_all(
                 image = _convert_image(source, settings)
             if labels:
                 with _collecting(bad):
-                    label = _convert_label(source, settings, image and image.grid, values)
+                    grid = image.grid if image else None
+                    label = _convert_label(source, settings, grid, values)
             if image is None or (labels and label is None):
                 continue
             images.write(image.pixels.data)

@@ -82,7 +82,7 @@ def read_channel(path: Path, channel: int) -> tuple[np.ndarray, Layout]:
         _check_promise(path, layout)
         voxels = np.empty(prod(layout.shape), layout.dtype)
         stream.seek(layout.offset + channel * layout.channel_bytes)
-        got = _fill(stream, memoryview(voxels).cast("B"))
+        got = _fill(stream, voxels.data.cast("B"))
         behind = (layout.channels - 1 - channel) * layout.channel_bytes
         if got == voxels.nbytes:
             got += _drain(stream, behind + MAX_TRAILING_BYTES)

@@ -60,7 +60,7 @@ def fit_slice(array: np.ndarray, spacing: tuple[float, float], grid: PixelGrid) 
     Returns:
         (size, size), of the array's type.
     """
-    content = grid.content(array.shape, spacing)  # type: ignore[arg-type]
+    content = grid.content(array.shape, spacing)
     if content != array.shape:
         array = _resample(array, content)
     canvas = np.zeros((grid.size, grid.size), array.dtype)

@@ -96,16 +96,15 @@ def _read_split(path: Path, task: Task) -> tuple[tuple[str, ...], ...]:
         raise UserError(f"{path}: expected a readable JSON split: {error}") from None
     parts = _split_parts(path, content)
     patient = {case.name: case.patient for case in task.cases}
-    if "pretrain" not in parts:
-        tested = {patient.get(name) for name in parts["test"]}
-        parts["pretrain"] = [name for name in patient if patient[name] not in tested]
     unknown = sorted({name for names in parts.values() for name in names} - set(patient))
     if unknown:
         raise UserError(
-            f"{path}: expected cases of {task.root}, got {unknown[0]} and "
-            f"{len(unknown) - 1} more that it does not hold"
+            f"{path}: expected cases of {task.root}, got {len(unknown)} that it does not hold, "
+            f"{unknown[0]} for one"
         )
     tested = {patient[name] for name in parts["test"]}
+    if "pretrain" not in parts:
+        parts["pretrain"] = [name for name in patient if patient[name] not in tested]
     both = sorted(tested & {patient[name] for name in parts["train"]})
     if both:
         raise UserError(f"{path}: expected each patient in train or in test, got {both[0]} in both")

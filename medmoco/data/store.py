@@ -61,7 +61,9 @@ class SliceCache:
         settings = index["settings"] | {"window": tuple(index["settings"]["window"])}
         self.settings = CacheSettings(**settings)
         self.volumes = tuple(
-            VolumeEntry(**{key: tuple(v) if isinstance(v, list) else v for key, v in entry.items()})
+            VolumeEntry(
+                **entry | {"shape": tuple(entry["shape"]), "spacing": tuple(entry["spacing"])}
+            )
             for entry in index["volumes"]
         )
         self.bad = tuple(BadFile(**entry) for entry in index["bad"])

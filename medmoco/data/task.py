@@ -65,7 +65,7 @@ def read_task(folder: Path, patients: str | None = None) -> Task:
         patients: CSV file or regular expression, see `patient_of`.
 
     Raises:
-        UserError: no layout that is known, a broken dataset.json, or one whose paths leave the folder.
+        UserError: no known layout, a broken dataset.json, or one whose paths leave the folder.
     """
     folder = Path(folder)
     if not folder.is_dir():
@@ -151,12 +151,12 @@ def _listed_files(folder: Path, content: dict[str, Any]) -> dict[str, tuple[Path
         raise UserError(f'{path}: expected a list under "training", got {type(listed).__name__}')
     files = {}
     for entry in listed:
-        pair = [entry.get("image"), entry.get("label")] if isinstance(entry, dict) else []
-        if len(pair) != 2 or not all(isinstance(name, str) and name for name in pair):
+        pair = (entry.get("image"), entry.get("label")) if isinstance(entry, dict) else (None, None)
+        if not (isinstance(pair[0], str) and isinstance(pair[1], str)):
             raise UserError(
                 f'{path}: expected {{"image": FILE, "label": FILE}} under "training", got {entry!r}'
             )
-        image, label = (_inside(folder, name) for name in pair)
+        image, label = _inside(folder, pair[0]), _inside(folder, pair[1])
         if volume_name(image) in files:
             raise UserError(f"{path}: expected each case once, got {volume_name(image)} twice")
         first_channel = image.with_name(image.name.replace(".nii", "_0000.nii"))

@@ -226,7 +226,7 @@ def _label_values(path: Path, stored: np.ndarray, layout: Layout) -> np.ndarray:
 def _scaled(stored: np.ndarray, layout: Layout, kind: type) -> np.ndarray:
     slope, intercept = layout.header.get_slope_inter()
     with np.errstate(over="ignore", invalid="ignore"):  # what overflows is reported as infinite
-        voxels = stored.astype(kind)
+        voxels: np.ndarray = stored.astype(kind)
         if slope is not None and (slope, intercept) != (1, 0):
             voxels = voxels * kind(slope) + kind(intercept)
     return voxels

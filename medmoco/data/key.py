@@ -1,0 +1,46 @@
+"""The name of a cache: a digest of what would change its content."""
+
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import astuple
+from hashlib import blake2b
+from pathlib import Path
+
+from medmoco.data.sources import Source
+from medmoco.data.store import CacheSettings
+
+VERSION = 1  # of the cache's files and of the conversion
+EDGE_BYTES = 64 << 10  # of each end of a file; a .gz ends with CRC and length
+
+
+def cache_key(
+    sources: Sequence[Source],
+    settings: CacheSettings,
+    classes: Sequence[str] | None,
+    values: Sequence[int] | None,
+) -> str:
+    """Changes with whatever would change the cache: settings, names, and the files' content."""
+    digest = blake2b(digest_size=10)
+    described = [VERSION, astuple(settings), classes, values]
+    digest.update(json.dumps(described).encode())
+    for source in sources:
+        digest.update(json.dumps([source.case, source.patient]).encode())
+        for path in (source.image, source.label):
+            digest.update(_fingerprint(path) if path else b"no label")
+    return digest.hexdigest()
+
+
+def _fingerprint(path: Path) -> bytes:
+    """Path, size, both ends; also the time of a file that is not compressed: it has no checksum."""
+    name = os.fsencode(os.path.abspath(path))
+    try:
+        with open(path, "rb") as file:
+            state = os.fstat(file.fileno())
+            head = file.read(EDGE_BYTES)
+            file.seek(max(len(head), state.st_size - EDGE_BYTES))
+            tail = file.read(EDGE_BYTES)
+    except OSError as error:
+        return name + b" " + type(error).__name__.encode()
+    changed = 0 if path.name.endswith(".gz") else state.st_mtime_ns
+    return name + f" {state.st_size} {changed} ".encode() + blake2b(head + tail).digest()
