@@ -54,15 +54,17 @@ def diagnose(features: Tensor) -> Diagnostics:
     features = _prepared(features)
     if samples < 2 or not bool(features.isfinite().all()):
         return Diagnostics(samples, dimensions)
-    rankme_centred = rankme(features, centred=True)
+    rounding = _rounding(features)
+    singular, centred = torch.linalg.svdvals(features), _centred_singular_values(features)
+    rankme_centred = _effective_rank(centred, rounding)
     attainable = min(samples - 1, dimensions)
     return Diagnostics(
         samples=samples,
         dimensions=dimensions,
-        rankme=rankme(features),
+        rankme=_effective_rank(singular, rounding),
         rankme_centred=rankme_centred,
         rank_share=None if rankme_centred is None else rankme_centred / attainable,
-        alpha_req=alpha_req(features),
+        alpha_req=_decay_exponent(centred, rounding),
         mean_abs_correlation=mean_abs_correlation(features),
         std_sqrt_d=std_sqrt_d(features),
         mean_share=mean_share(features),
@@ -82,7 +84,7 @@ def spectrum(features: Tensor) -> Tensor:
     [1] Jing et al., 2022, arXiv:2110.09348.
     """
     unit = F.normalize(_prepared(features), dim=1)
-    return _covariance_eigenvalues(unit)
+    return _centred_singular_values(unit).square() / len(unit)
 
 
 def rankme(features: Tensor, centred: bool = False) -> float | None:
@@ -98,15 +100,8 @@ def rankme(features: Tensor, centred: bool = False) -> float | None:
     [1] Garrido et al., 2023, arXiv:2210.02885, eq. 1 and 2.
     """
     features = _prepared(features)
-    scale = features.abs().max()
-    if centred:
-        features = features - features.mean(0)
-    singular = torch.linalg.svdvals(features)
-    # What centring leaves of equal vectors is rounding, and its rank means nothing.
-    if float(singular[0]) <= _rounding(features) * float(scale):
-        return None
-    share = singular / singular.sum() + _RANKME_EPS
-    return float(torch.exp(-(share * share.log()).sum()))
+    singular = _centred_singular_values(features) if centred else torch.linalg.svdvals(features)
+    return _effective_rank(singular, _rounding(features))
 
 
 def alpha_req(features: Tensor) -> float | None:
@@ -123,16 +118,7 @@ def alpha_req(features: Tensor) -> float | None:
     [1] Agrawal et al., 2022, "alpha-ReQ", NeurIPS.
     """
     features = _prepared(features)
-    eigenvalues = _covariance_eigenvalues(features)
-    # Eigenvalues are squares of singular values, so rounding is squared too.
-    floor = eigenvalues[0] * _rounding(features) ** 2
-    eigenvalues = eigenvalues[(eigenvalues > floor) & (eigenvalues > 0)]
-    if len(eigenvalues) < _ALPHA_LEAST:
-        return None
-    value = eigenvalues[_ALPHA_FIRST - 1 : _ALPHA_LAST].log()
-    rank = torch.arange(_ALPHA_FIRST, _ALPHA_FIRST + len(value), dtype=torch.float64).log()
-    rank = rank - rank.mean()
-    return float(-(rank @ value) / (rank @ rank))
+    return _decay_exponent(_centred_singular_values(features), _rounding(features))
 
 
 def mean_abs_correlation(features: Tensor) -> float | None:
@@ -147,7 +133,7 @@ def mean_abs_correlation(features: Tensor) -> float | None:
     features = _prepared(features)
     centred = features - features.mean(0)
     deviation = centred.norm(dim=0)
-    varies = deviation > _rounding(features) * features.norm(dim=0)
+    varies = deviation > len(features) * torch.finfo(torch.float64).eps * features.norm(dim=0)
     standardised = centred[:, varies] / deviation[varies]
     count = standardised.shape[1]
     if count < 2:
@@ -223,12 +209,28 @@ def _prepared(features: Tensor) -> Tensor:
     return features.detach().to("cpu", torch.float64)
 
 
-def _covariance_eigenvalues(features: Tensor) -> Tensor:
-    """Through singular values, which resolve small eigenvalues that the covariance would lose."""
-    centred = features - features.mean(0)
-    return torch.linalg.svdvals(centred).square() / len(centred)
+def _centred_singular_values(features: Tensor) -> Tensor:
+    """Their squares over N are the covariance's eigenvalues, small ones resolved."""
+    return torch.linalg.svdvals(features - features.mean(0))
 
 
 def _rounding(features: Tensor) -> float:
-    """Relative size below which a singular value is rounding, as in matrix_rank."""
-    return max(features.shape) * torch.finfo(torch.float64).eps
+    """Singular values up to this are rounding, also those that centring leaves of equal vectors."""
+    return float(features.norm()) * max(features.shape) * torch.finfo(torch.float64).eps
+
+
+def _effective_rank(singular: Tensor, rounding: float) -> float | None:
+    if float(singular[0]) <= rounding:
+        return None
+    share = singular / singular.sum() + _RANKME_EPS
+    return float(torch.exp(-(share * share.log()).sum()))
+
+
+def _decay_exponent(singular: Tensor, rounding: float) -> float | None:
+    singular = singular[singular > rounding]
+    if len(singular) < _ALPHA_LEAST:
+        return None
+    log_eigenvalue = 2 * singular[_ALPHA_FIRST - 1 : _ALPHA_LAST].log()
+    log_rank = torch.arange(_ALPHA_FIRST, _ALPHA_FIRST + len(log_eigenvalue)).double().log()
+    log_rank = log_rank - log_rank.mean()
+    return float(-(log_rank @ log_eigenvalue) / (log_rank @ log_rank))

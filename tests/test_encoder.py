@@ -231,6 +231,7 @@ def without(state, name):
         (lambda c: {**c, "width": "wide"}, "settings are damaged"),
         (lambda c: {**c, "width": 1e30}, "settings are damaged: width must be"),
         (lambda c: {**c, "in_channels": -1}, "settings are damaged"),
+        (lambda c: {**c, "in_channels": 10**30}, "settings are damaged"),
         (lambda c: without(c, "output_stride"), "settings are damaged: 'output_stride'"),
         (lambda c: without(c, "state_dict"), "do not fit resnet18: expected a state_dict"),
         (

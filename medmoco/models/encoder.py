@@ -211,8 +211,10 @@ def load_encoder(path: Path) -> tuple[Encoder, dict[str, Any]]:
         with torch.device("meta"):
             settings = (content.pop(k) for k in ("arch", "width", "output_stride", "in_channels"))
             encoder = Encoder(*settings)
-    except (UserError, KeyError, TypeError, ValueError, RuntimeError) as error:
-        raise UserError(f"{path}: the encoder's settings are damaged: {error}") from error
+    except Exception as error:  # the settings can be anything
+        raise UserError(
+            f"{path}: the encoder's settings are damaged: {_first_line(error)}"
+        ) from error
     state = content.pop("state_dict", None)
     problem = _mismatch(encoder.state_dict(), state)
     if problem:
@@ -247,9 +249,8 @@ def _read_content(path: Path) -> dict[str, Any]:
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # a damaged or hostile file can raise anything
-        reason = str(error).split("\n", 1)[0]
         raise UserError(
-            f"{path}: expected an encoder.pt of medmoco, cannot read it: {reason}"
+            f"{path}: expected an encoder.pt of medmoco, cannot read it: {_first_line(error)}"
         ) from error
     if not isinstance(content, dict) or content.get("format") != FORMAT:
         raise UserError(f"{path}: expected an encoder.pt of medmoco, got another kind of file")
@@ -259,6 +260,11 @@ def _read_content(path: Path) -> dict[str, Any]:
             f"got {content.get('version')!r}"
         )
     return content
+
+
+def _first_line(error: Exception) -> str:
+    """PyTorch's messages go on with advice and stack frames."""
+    return str(error).split("\n", 1)[0]
 
 
 def _mismatch(expected: dict[str, Tensor], state: Any) -> str | None:
