@@ -1,6 +1,7 @@
 """ResNet encoders with torchvision's blocks and state_dict keys, and the file encoder.pt."""
 
 import copy
+import io
 import itertools
 from pathlib import Path
 from typing import Any
@@ -212,9 +213,8 @@ def load_encoder(path: Path) -> tuple[Encoder, dict[str, Any]]:
             settings = (content.pop(k) for k in ("arch", "width", "output_stride", "in_channels"))
             encoder = Encoder(*settings)
     except Exception as error:  # the settings can be anything
-        raise UserError(
-            f"{path}: the encoder's settings are damaged: {_first_line(error)}"
-        ) from error
+        reason = str(error).split("\n", 1)[0]  # PyTorch's messages go on with stack frames
+        raise UserError(f"{path}: the encoder's settings are damaged: {reason}") from error
     state = content.pop("state_dict", None)
     problem = _mismatch(encoder.state_dict(), state)
     if problem:
@@ -244,13 +244,16 @@ def _set_geometry(conv: nn.Conv2d, stride: int, dilation: int) -> None:
 
 
 def _read_content(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        raise UserError(f"{path}: no such encoder file")
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        data = path.read_bytes()
+    except OSError as error:
+        raise UserError(f"{path}: cannot read the encoder file: {error.strerror}") from error
+    try:
+        content = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
     except Exception as error:  # a damaged or hostile file can raise anything
+        # PyTorch's own message advises to run the code in the file.
         raise UserError(
-            f"{path}: expected an encoder.pt of medmoco, cannot read it: {_first_line(error)}"
+            f"{path}: expected an encoder.pt of medmoco, got a damaged file or one of another kind"
         ) from error
     if not isinstance(content, dict) or content.get("format") != FORMAT:
         raise UserError(f"{path}: expected an encoder.pt of medmoco, got another kind of file")
@@ -260,11 +263,6 @@ def _read_content(path: Path) -> dict[str, Any]:
             f"got {content.get('version')!r}"
         )
     return content
-
-
-def _first_line(error: Exception) -> str:
-    """PyTorch's messages go on with advice and stack frames."""
-    return str(error).split("\n", 1)[0]
 
 
 def _mismatch(expected: dict[str, Tensor], state: Any) -> str | None:
