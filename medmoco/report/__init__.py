@@ -1,0 +1,51 @@
+"""The report: one self-contained HTML page for one run or for several side by side."""
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+
+from medmoco.errors import UserError
+from medmoco.output import write_text
+from medmoco.report.page import report_page
+from medmoco.report.plots import write_plots
+from medmoco.report.record import next_command
+from medmoco.report.run_folder import Run, read_run
+
+__all__ = ["Run", "main", "next_command", "read_run", "report_page", "write_plots", "write_report"]
+
+
+def write_report(run_dirs: Sequence[Path], output: Path) -> Path:
+    """Writes the page that shows the runs; the same folders give the same bytes.
+
+    Raises:
+        UserError: a folder is no run or is given twice, a file in it is broken, or the output
+            cannot be written.
+    """
+    folders = [Path(folder) for folder in run_dirs]
+    places = [folder.resolve() for folder in folders]
+    for i, place in enumerate(places):
+        if place in places[:i]:
+            raise UserError(f"{folders[i]}: expected different runs, got this one twice")
+    output = Path(output)
+    content = report_page([read_run(folder) for folder in folders])
+    try:
+        write_text(output, content)
+    except OSError as error:
+        raise UserError(f"--output {output}: cannot be written: {error}") from error
+    return output
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """`medmoco report RUN [RUN ...] [--output FILE]`."""
+    parser = argparse.ArgumentParser(prog="medmoco report", description=__doc__, allow_abbrev=False)
+    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="folder of a run")
+    parser.add_argument(
+        "--output",
+        type=Path,
+        metavar="FILE",
+        help="default: report.html in the run's folder, or beside the folders of several runs",
+    )
+    given = parser.parse_args(argv)
+    folder = given.runs[0] if len(given.runs) == 1 else given.runs[0].resolve().parent
+    written = write_report(given.runs, given.output or folder / "report.html")
+    print(f"report: {written}")
