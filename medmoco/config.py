@@ -3,6 +3,7 @@
 import argparse
 import dataclasses
 import json
+import math
 import types
 import typing
 from collections.abc import Sequence
@@ -78,7 +79,7 @@ def read_config(cls: type[Any], path: Path) -> dict[str, Any]:
     """
     try:
         values = json.loads(Path(path).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{path}: expected a readable JSON file: {error}") from error
     if not isinstance(values, dict):
         raise UserError(f"{path}: expected a JSON object, got {type(values).__name__}")
@@ -94,11 +95,13 @@ def _checked(path: Path, field: dataclasses.Field[Any], hint: Any, value: Any) -
     kind = _unwrap(hint)
     if value is None and field.default is None:
         return None
-    expected = {Path: str, float: (int, float)}.get(kind, kind)
+    expected: Any = {Path: str, float: (int, float)}.get(kind, kind)
     wrong_bool = isinstance(value, bool) and kind is not bool
     if not isinstance(value, expected) or wrong_bool:
         name = kind.__name__
         raise UserError(f"{path}: {field.name} must be of type {name}, got {value!r}")
+    if kind is float and not math.isfinite(value):
+        raise UserError(f"{path}: {field.name} must be a finite number, got {value!r}")
     choices = field.metadata.get("choices")
     if choices and value not in choices:
         raise UserError(f"{path}: {field.name} must be one of {list(choices)}, got {value!r}")
@@ -116,7 +119,19 @@ def _add_flag(parser: argparse.ArgumentParser, field: dataclasses.Field[Any], hi
         parser.add_argument(flag, action=action, default=argparse.SUPPRESS, help=text)
     else:
         choices = field.metadata.get("choices")
-        parser.add_argument(flag, type=kind, choices=choices, default=argparse.SUPPRESS, help=text)
+        read = _finite if kind is float else kind
+        parser.add_argument(flag, type=read, choices=choices, default=argparse.SUPPRESS, help=text)
+
+
+def _finite(text: str) -> float:
+    """float() takes nan and inf too, which no flag means and JSON cannot hold."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not math.isfinite(value):
+        raise argparse.ArgumentTypeError(f"expected a finite number, got {text!r}")
+    return value
 
 
 def _unwrap(hint: Any) -> Any:

@@ -36,13 +36,13 @@ SHOWN_VOLUMES = 10  # worst ones, before the rest is folded away
 
 def main_table(runs: Sequence[Run]) -> Markup:
     """Method, Dice beside its controls, and effective rank, a row per run."""
-    rank = ("Effective rank", element("small", f"of N {TIMES} D"))
+    rank_head = ("Effective rank", element("small", f"of N {TIMES} D"))
     groups = element(
         "tr",
         element("th", "Method", scope="col", rowspan=2),
         element("th", "Linear evaluation, Dice", scope="colgroup", colspan=2),
         element("th", "Fine-tuning, Dice", scope="colgroup", colspan=2),
-        element("th", *rank, scope="col", rowspan=2),
+        element("th", *rank_head, scope="col", rowspan=2),
     )
     columns = ("pretrained", "frozen random encoder", "pretrained", "from scratch")
     # In a narrow window the cells stand below each other, each with its whole name.
@@ -56,9 +56,8 @@ def main_table(runs: Sequence[Run]) -> Markup:
             for full_name, result in zip(full_names, results, strict=True)
         ]
         name = element("th", run.method, element("small", _name_and_seed(run)), scope="row")
-        body.append(
-            element("tr", name, *cells, element("td", *_ranks(run), data_label="Effective rank"))
-        )
+        rank = element("td", element("div", *_ranks(run)), data_label="Effective rank")
+        body.append(element("tr", name, *cells, rank))
     caption = f"Mean Dice over the test volumes, background excluded; {DASH} was not run"
     return framed_table(caption, [groups, head], body, "numbers main")
 

@@ -117,7 +117,9 @@ footer { margin-top: 2.5rem; color: var(--soft); font-size: .86rem; }
   .main tbody th, .main td { display: block; border: 0; padding: .25rem .7rem; }
   .main tbody th { background: var(--raised); padding: .5rem .7rem; font-weight: 650; }
   .main td { display: flex; justify-content: space-between; gap: 1rem; flex-wrap: wrap; }
-  .main td::before { content: attr(data-label); color: var(--soft); font-size: .94rem; }
+  .main td::before {
+    content: attr(data-label); color: var(--soft); font-size: .94rem; font-weight: 400;
+  }
 }
 @media print {
   .frame { overflow: visible; }
