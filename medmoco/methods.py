@@ -49,6 +49,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     },
 }
 COMMON: dict[str, Any] = {
+    "width": 1.0,
     "whiten_at": "pooled",
     "key_norm": "ema",
     "same": "slice",

@@ -12,6 +12,9 @@ from medmoco.errors import UserError
 from medmoco.output import append_jsonl, write_text
 
 
+PRETRAINING_STAGES = ("pretrain", "diagnostics")
+
+
 class MetricsLog:
     """Collects a record a step and writes them together.
 
@@ -49,10 +52,8 @@ class MetricsLog:
         """Drops the records of pretraining beyond `step`: a resumed run writes them again."""
         if not self.path.is_file():
             return
-        kept = [
-            line for line in self.path.read_text("utf-8").splitlines() if _is_before(line, step)
-        ]
-        write_text(self.path, "".join(line + "\n" for line in kept))
+        lines = self.path.read_text("utf-8").splitlines()
+        write_text(self.path, "".join(line + "\n" for line in lines if _is_kept(line, step)))
 
 
 class StepClock:
@@ -87,9 +88,10 @@ def _plain(value: Any) -> Any:
     return value.item() if isinstance(value, Tensor) else value
 
 
-def _is_before(line: str, step: int) -> bool:
+def _is_kept(line: str, step: int) -> bool:
     """A line that was cut off by a kill is no record, and goes too."""
     try:
-        return json.loads(line)["step"] <= step
+        record = json.loads(line)
+        return record["stage"] not in PRETRAINING_STAGES or record["step"] <= step
     except (ValueError, KeyError, TypeError):
         return False

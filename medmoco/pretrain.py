@@ -51,7 +51,7 @@ class PretrainConfig:
     output: Path = option(None, "folder of the run; default runs/<time>-<method>")
     method: str = option("medmoco", "preset of the flags below", choices=tuple(PRESETS))
     arch: str = option(None, "encoder", choices=("resnet18", "resnet34", "resnet50"))
-    width: float = option(1.0, "scales the encoder's channels")
+    width: float = option(None, "scales the encoder's channels; default 1")
     image_size: int = option(None, "pixels of a view, square")
     spacing: float | None = option(None, "mm a pixel; default: the set's median, or what fits")
     output_stride: int = option(None, "input pixels a cell", choices=(4, 8, 16, 32))
@@ -146,7 +146,7 @@ class Pretraining:
         self.checkpoint = output / "checkpoints" / "last.pt"
         self.metrics = MetricsLog(output / "metrics.jsonl")
         self.chance = math.log(config.queue_size + 1)  # the loss of guessing, in nats
-        self.losses = [0.0, 0]  # of the epoch so far: their sum and number
+        self.losses = [0.0, 0]  # global losses of the epoch so far: their sum and number
         self.diagnostics: dict[str, Any] = {}
 
     # --- the loop ---------------------------------------------------------------------------
@@ -165,12 +165,13 @@ class Pretraining:
             self.restore()
         with StopRequest() as stop, self._progress_bar() as bar:
             if not self.diagnostics:
+                bar.set_postfix_str(f"filling the queue with {self.config.queue_size:,} keys")
                 self._start()
             while self.step < self.total_steps:
                 self._train_epoch(bar, stop)
                 self._diagnose()
                 self.save()
-        self._export()
+        save_encoder(self.output / "encoder.pt", self.model.query.encoder, **self.metadata())
         return self.diagnostics
 
     def _train_epoch(self, bar: tqdm, stop: StopRequest) -> None:
@@ -262,9 +263,9 @@ class Pretraining:
                 return
 
     def _endless_batches(self) -> Iterator[dict[str, Tensor]]:
-        """Batches in orders of their own: epochs count down from -1."""
-        for epoch in itertools.count(1):
-            self.sampler.start(-epoch)
+        """Batches in the orders of epochs that the training does not reach."""
+        for epoch in itertools.count(self.config.epochs):
+            self.sampler.start(epoch)
             yield from self.loader
 
     # --- diagnostics, saving, export ----------------------------------------------------------
@@ -282,6 +283,8 @@ class Pretraining:
             "features": diagnose(torch.cat(features)),
             "embeddings": diagnose(torch.cat(embeddings)),
         }
+        # An untrained encoder is expected to look collapsed; later, only news is told.
+        told = len(self.diagnostics["warnings"]) if self.diagnostics.get("step") else 0
         loss = self.losses[0] / self.losses[1] if self.losses[1] else None
         warnings = collapse_warnings(loss, self.chance, looked["features"], looked["embeddings"])
         self.diagnostics = {
@@ -294,8 +297,9 @@ class Pretraining:
             "warnings": warnings,
         }
         self.metrics.write(self.diagnostics)
-        for warning in warnings if self.step else ():
-            tqdm.write(f"epoch {self.diagnostics['epoch']}: {warning}", file=sys.stderr)
+        if self.step and len(warnings) > told:
+            epoch = self.diagnostics["epoch"]
+            tqdm.write("\n".join(f"epoch {epoch}: {text}" for text in warnings), file=sys.stderr)
 
     def save(self) -> None:
         """Writes the full state; `restore` goes on from it bit for bit."""
@@ -338,6 +342,7 @@ class Pretraining:
             "dimensions": features["dimensions"],
             "linear": None,
             "finetune": None,
+            "controls": {},
             "bad_files": [dataclasses.asdict(file) for file in self.cache.bad],
             "warnings": self.diagnostics["warnings"],
         }
@@ -358,18 +363,17 @@ class Pretraining:
         data = self.cache.directory.name  # a digest of files and settings
         return {"data": data} | {name: getattr(config, name) for name in names}
 
-    def _export(self) -> None:
+    def metadata(self) -> dict[str, Any]:
+        """What goes into encoder.pt, so that segmentation treats images alike."""
         config = self.config
-        save_encoder(
-            self.output / "encoder.pt",
-            self.model.query.encoder,
-            method=config.method,
-            image_size=config.image_size,
-            spacing=self.grid.spacing,
-            modality=self.cache.modality,
-            window=(config.window_low, config.window_high),
-            slice_axis=self.cache.axis,
-        )
+        return {
+            "method": config.method,
+            "image_size": config.image_size,
+            "spacing": self.grid.spacing,
+            "modality": self.cache.modality,
+            "window": (config.window_low, config.window_high),
+            "slice_axis": self.cache.axis,
+        }
 
     # --- progress -----------------------------------------------------------------------------
 
@@ -379,11 +383,12 @@ class Pretraining:
     def _log(self, bar: tqdm, clock: StepClock) -> None:
         records = self.metrics.flush(**clock.read())
         for record in records:
-            self.losses = [self.losses[0] + record["loss"], self.losses[1] + 1]
+            self.losses = [self.losses[0] + record["loss_global"], self.losses[1] + 1]
         last = records[-1]
         rank = self.diagnostics["effective_rank"]
         bar.set_postfix_str(
-            f"loss {last['loss']:.3f} (chance {self.chance:.2f}), acc1 {last['acc1']:.2f}, "
+            f"loss {last['loss']:.3f}, global {last['loss_global']:.3f} (chance "
+            f"{self.chance:.2f}), acc1 {last['acc1']:.2f}, "
             f"rank {'-' if rank is None else f'{rank:.1f}'}, "
             f"{last['images_per_second']:.0f} images/s, waiting {last['data_wait']:.0%}"
         )
