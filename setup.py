@@ -4,6 +4,7 @@ Environment: MEDMOCO_CUDA=0 builds for the CPU alone, FORCE_CUDA=1 insists on CU
 TORCH_CUDA_ARCH_LIST mean what they mean to torch, MAX_JOBS limits the compilers run at once.
 """
 
+import contextlib
 import glob
 import os
 import platform
@@ -39,46 +40,56 @@ def find_cuda_home() -> Path | None:
 def cuda_release(cuda_home: Path) -> str:
     """Such as 13.0, as `nvcc --version` prints it."""
     text = subprocess.check_output([cuda_home / "bin/nvcc", "--version"], text=True)
-    return re.search(r"release (\d+\.\d+)", text)[1]
+    release = re.search(r"release (\d+\.\d+)", text)
+    if release is None:
+        raise SystemExit(f"medmoco: {cuda_home}/bin/nvcc --version names no release:\n{text}")
+    return release[1]
 
 
-def say(message: str) -> None:
-    """pip hides a build's output unless it fails or runs with -v, but not the terminal itself."""
-    text = f"\n{'=' * 80}\nmedmoco: {message}\n{'=' * 80}\n"
-    print(text, file=sys.stderr, flush=True)
-    try:
-        Path("/dev/tty").write_text(text)
-    except OSError:
-        pass
+def reason_against_cuda(cuda_home: Path | None) -> str | None:
+    """Why CUDA cannot be built, or None. Whether a GPU is visible does not matter: clusters build
+    on nodes without one.
+    """
+    if cuda_home is None:
+        return "found no CUDA toolkit (nvcc and cuda_runtime.h); CUDA_HOME names its folder"
+    if torch.version.cuda is None:
+        return f"torch {torch.__version__} is a CPU build; FORCE_CUDA=1 compiles CUDA regardless"
+    release = cuda_release(cuda_home)
+    if release.split(".")[0] != torch.version.cuda.split(".")[0]:
+        return (
+            f"{cuda_home} is CUDA {release} but torch {torch.__version__} was built with CUDA "
+            f"{torch.version.cuda}, and the major versions must agree; CUDA_HOME chooses another "
+            "toolkit, FORCE_CUDA=1 compiles regardless"
+        )
+    return None
 
 
 def choose_cuda() -> Path | None:
-    """The CUDA toolkit to build with, or None for a CPU-only build, which says why.
-
-    Whether a GPU is visible does not matter: clusters build on nodes without one.
-    """
+    """The CUDA toolkit to build with, or None for a CPU-only build."""
     if os.environ.get("MEDMOCO_CUDA") == "0":
         say("building for the CPU only, as MEDMOCO_CUDA=0 asks")
         return None
-    forced = os.environ.get("FORCE_CUDA") == "1"
-    home = find_cuda_home()
-    if home is None:
-        reason = "no CUDA toolkit was found (nvcc and cuda_runtime.h); CUDA_HOME names its folder"
-    elif torch.version.cuda is None and not forced:
-        reason = f"torch {torch.__version__} is a CPU build; FORCE_CUDA=1 compiles CUDA regardless"
-    elif torch.version.cuda and cuda_release(home).split(".")[0] != torch.version.cuda.split(".")[0]:
-        reason = (
-            f"{home} is CUDA {cuda_release(home)} but torch {torch.__version__} was built with "
-            f"CUDA {torch.version.cuda}: the major versions must agree"
-        )
-        if forced:  # torch.utils.cpp_extension refuses the mismatch later, less clearly
+    cuda_home = find_cuda_home()
+    reason = reason_against_cuda(cuda_home)
+    if os.environ.get("FORCE_CUDA") == "1":
+        if cuda_home is None:
             raise SystemExit(f"medmoco: FORCE_CUDA=1, but {reason}")
-    else:
-        return home
-    if forced and home is None:
-        raise SystemExit(f"medmoco: FORCE_CUDA=1, but {reason}")
-    say(f"building for the CPU only: {reason}")
-    return None
+        # torch.utils.cpp_extension refuses a toolkit of another major version. Ours may differ:
+        # cudart is linked statically and no CUDA library of torch's is.
+        torch.version.cuda = cuda_release(cuda_home)
+        return cuda_home
+    if reason:
+        say(f"building for the CPU only: {reason}")
+        return None
+    return cuda_home
+
+
+def say(message: str) -> None:
+    """pip shows a build's output only when it fails or with -v, but leaves the terminal itself."""
+    text = f"\n{'=' * 80}\nmedmoco: {message}\n{'=' * 80}\n"
+    print(text, file=sys.stderr, flush=True)
+    with contextlib.suppress(OSError):
+        Path("/dev/tty").write_text(text)
 
 
 cuda_home = choose_cuda()
@@ -138,7 +149,6 @@ def extension() -> Extension:
         extra_compile_args={"cxx": cxx, "nvcc": nvcc},
         extra_link_args=link,
         language="c++",
-        depends=glob.glob("csrc/**/*.h", recursive=True) + glob.glob("csrc/**/*.cuh", recursive=True),
     )
 
 

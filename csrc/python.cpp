@@ -40,7 +40,7 @@ pybind11::dict build_info() {
 #endif
   info["compiler"] = compiler();
   info["cpu_features"] = medmoco::cpu_features();
-  info["cpu_kernels"] = medmoco::name(medmoco::best_instruction_set());
+  info["cpu_kernels"] = medmoco::name(medmoco::chosen_instruction_set());
   return info;
 }
 

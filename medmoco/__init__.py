@@ -5,7 +5,7 @@ Importing the package loads the compiled operators, `torch.ops.medmoco.*`.
 
 from importlib import metadata as _metadata
 
-import torch as _torch  # the extension finds libtorch through it
+import torch as _torch  # noqa: F401  loads libtorch, which the extension needs
 
 try:
     from medmoco import _C as _C
@@ -18,6 +18,6 @@ except ImportError as error:
 try:
     __version__ = _metadata.version("medmoco")
 except _metadata.PackageNotFoundError:  # run from a source folder that is not installed
-    __version__ = _C.build_info()["version"]
+    __version__ = str(_C.build_info()["version"])
 
 __all__ = ["__version__"]

@@ -33,3 +33,13 @@ def hippocampus() -> Path:
             f"no real volumes: {folder} holds no dataset.json (MEDMOCO_DATA sets the place)"
         )
     return folder
+
+
+@pytest.fixture(params=["cpu", "cuda"])
+def device(request) -> str:
+    """Each device in turn. MEDMOCO_REQUIRE_CUDA=1 makes a missing GPU a failure."""
+    if request.param == "cuda" and not torch.cuda.is_available():
+        if os.environ.get("MEDMOCO_REQUIRE_CUDA") == "1":
+            pytest.fail("MEDMOCO_REQUIRE_CUDA=1, but torch sees no CUDA device")
+        pytest.skip("torch sees no CUDA device")
+    return request.param

@@ -1,8 +1,9 @@
 // Includes the file MEDMOCO_KERNELS once for each instruction set, in namespaces medmoco::baseline,
 // medmoco::avx2 and medmoco::avx512, with kVectorBytes and kVectorRegisters set.
 //
-// That file must not include anything: a standard header compiled here would give its inline
-// functions instructions that other machines lack, and the linker keeps one copy for all.
+// That file may include .inl files of this folder and nothing else: a standard header compiled here
+// would give its inline functions instructions that other machines lack, and the linker keeps one
+// copy for all.
 
 #include <cmath>
 #include <cstdint>
@@ -26,7 +27,7 @@ constexpr int kVectorBytes = 32, kVectorRegisters = 16;
 }  // namespace medmoco::avx2
 #if defined(__clang__)
 #pragma clang attribute pop
-#pragma clang attribute push( \
+#pragma clang attribute push(                                                    \
     __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c"))), \
     apply_to = function)
 #else

@@ -3,6 +3,8 @@
 
 #pragma once
 
+#include <cstdlib>
+#include <cstring>
 #include <string>
 #include <vector>
 
@@ -21,17 +23,15 @@ inline const char* name(InstructionSet set) {
 #if defined(__x86_64__) && (defined(__GNUC__) || defined(__clang__))
 #define MEDMOCO_X86_KERNELS 1
 
-inline InstructionSet best_instruction_set() {
-  static const InstructionSet best = [] {
-    __builtin_cpu_init();
-    if (!__builtin_cpu_supports("avx2") || !__builtin_cpu_supports("fma")) {
-      return InstructionSet::kBaseline;
-    }
-    const bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-                        __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
-    return avx512 ? InstructionSet::kAvx512 : InstructionSet::kAvx2;
-  }();
-  return best;
+inline InstructionSet detect_instruction_set() {
+  __builtin_cpu_init();
+  if (!__builtin_cpu_supports("avx2") || !__builtin_cpu_supports("fma") ||
+      !__builtin_cpu_supports("f16c")) {
+    return InstructionSet::kBaseline;
+  }
+  const bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+  return avx512 ? InstructionSet::kAvx512 : InstructionSet::kAvx2;
 }
 
 inline std::vector<std::string> cpu_features() {
@@ -49,10 +49,24 @@ inline std::vector<std::string> cpu_features() {
 #else
 #define MEDMOCO_X86_KERNELS 0
 
-inline InstructionSet best_instruction_set() { return InstructionSet::kBaseline; }
+inline InstructionSet detect_instruction_set() { return InstructionSet::kBaseline; }
 
 inline std::vector<std::string> cpu_features() { return {}; }
 
 #endif
+
+// What this machine has, or less where MEDMOCO_CPU_KERNELS=baseline|avx2 asks for it (for tests,
+// and to compare machines).
+inline InstructionSet chosen_instruction_set() {
+  static const InstructionSet chosen = [] {
+    const InstructionSet best = detect_instruction_set();
+    const char* limit = std::getenv("MEDMOCO_CPU_KERNELS");
+    for (InstructionSet set : {InstructionSet::kBaseline, InstructionSet::kAvx2}) {
+      if (limit && std::strcmp(limit, name(set)) == 0 && set < best) return set;
+    }
+    return best;
+  }();
+  return chosen;
+}
 
 }  // namespace medmoco

@@ -89,7 +89,7 @@ struct Choice {
 
 template <typename T, typename Scalar>
 Choice<T, Scalar> choose_kernel() {
-  switch (best_instruction_set()) {
+  switch (chosen_instruction_set()) {
 #if MEDMOCO_X86_KERNELS
     case InstructionSet::kAvx512:
       return {avx512::forward_kernel<T, Scalar>, avx512::kPanelRows<T>, avx512::kMostPanels};
@@ -114,9 +114,14 @@ void forward(const Tensor& query, const Tensor& key, const Tensor& queue, double
              const std::optional<Tensor>& query_ids, const std::optional<Tensor>& queue_ids,
              Tensor& loss, Tensor& rank, Tensor& direction, bool compute_direction) {
   using Operand = Matrix<T, Scalar>;
-  Problem<T, Scalar> problem{Operand(query),    Operand(key),  Operand(queue),
-                             query.size(0),     queue.size(0), query.size(1),
-                             choose_tile_keys<T>(query.size(1)), temperature};
+  Problem<T, Scalar> problem{Operand(query),
+                             Operand(key),
+                             Operand(queue),
+                             query.size(0),
+                             queue.size(0),
+                             query.size(1),
+                             choose_tile_keys<T>(query.size(1)),
+                             temperature};
   if (query_ids) {
     problem.query_ids = static_cast<const int64_t*>(query_ids->const_data_ptr());
     problem.query_ids_stride = query_ids->stride(0);
@@ -140,9 +145,11 @@ void forward(const Tensor& query, const Tensor& key, const Tensor& queue, double
   torch::stable::parallel_for(0, (problem.batch + rows - 1) / rows, 1, run);
 }
 
-std::tuple<Tensor, Tensor, Tensor> queue_info_nce_cpu(
-    Tensor query, Tensor key, Tensor queue, double temperature, std::optional<Tensor> query_ids,
-    std::optional<Tensor> queue_ids, bool compute_direction, bool /*allow_tf32*/) {
+std::tuple<Tensor, Tensor, Tensor> queue_info_nce_cpu(Tensor query, Tensor key, Tensor queue,
+                                                      double temperature,
+                                                      std::optional<Tensor> query_ids,
+                                                      std::optional<Tensor> queue_ids,
+                                                      bool compute_direction, bool /*allow_tf32*/) {
   check_queue_info_nce(query, key, queue, temperature, query_ids, queue_ids);
   const int64_t batch = query.size(0);
   const bool wide = query.scalar_type() == ScalarType::Double;
@@ -200,14 +207,13 @@ std::tuple<Tensor, Tensor> queue_info_nce_backward_cpu(Tensor grad_loss, Tensor 
                                                        Tensor direction, double temperature,
                                                        bool compute_grad_query,
                                                        bool compute_grad_key) {
-  check_queue_info_nce_backward(grad_loss, query, loss, direction, temperature,
-                                compute_grad_query);
+  check_queue_info_nce_backward(grad_loss, query, loss, direction, temperature, compute_grad_query);
   const int64_t batch = query.size(0), dim = query.size(1);
   Tensor grad_query = torch::stable::new_empty(query, {compute_grad_query ? batch : 0, dim});
   Tensor grad_key = torch::stable::new_empty(query, {compute_grad_key ? batch : 0, dim});
   auto run = [&](auto kernel) {
-    kernel(grad_loss, query, loss, direction, temperature, grad_query, grad_key,
-           compute_grad_query, compute_grad_key);
+    kernel(grad_loss, query, loss, direction, temperature, grad_query, grad_key, compute_grad_query,
+           compute_grad_key);
   };
   switch (query.scalar_type()) {
     case ScalarType::Double: run(backward<double, double>); break;

@@ -5,26 +5,8 @@
 // products, query . queue and weights . queue, take queue elements one at a time in the order in
 // which a row-major queue holds them, so the queue is never transposed.
 
-template <typename T>
-struct LanesOf;
-template <>
-struct LanesOf<float> {
-  typedef float Vector __attribute__((vector_size(kVectorBytes)));
-  typedef int32_t Mask __attribute__((vector_size(kVectorBytes)));
-  using Integer = int32_t;
-  // 2^f, |f| <= 1/2, by its Taylor series: the first term left out is 5e-9.
-  static constexpr int kExponentShift = 23, kExponentBias = 127, kDegree = 7;
-};
-template <>
-struct LanesOf<double> {
-  typedef double Vector __attribute__((vector_size(kVectorBytes)));
-  typedef int64_t Mask __attribute__((vector_size(kVectorBytes)));
-  using Integer = int64_t;
-  static constexpr int kExponentShift = 52, kExponentBias = 1023, kDegree = 13;  // 4e-18
-};
+#include "lanes.inl"
 
-template <typename T>
-constexpr int kLanes = kVectorBytes / sizeof(T);
 constexpr int kPanelVectors = 2;
 template <typename T>
 constexpr int kPanelRows = kPanelVectors * kLanes<T>;
@@ -33,44 +15,6 @@ constexpr int kMostPanels = 4;  // panels that share one converted tile of the q
 constexpr int kRegisterBlock = kVectorRegisters == 32 ? 12 : 6;
 // Sums of products are taken in stretches of this length, which keeps their rounding small.
 constexpr int64_t kDepthBlock = 256;
-
-template <typename T>
-inline typename LanesOf<T>::Vector load(const T* from) {
-  typename LanesOf<T>::Vector vector;
-  std::memcpy(&vector, from, sizeof vector);
-  return vector;
-}
-
-template <typename T>
-inline void store(T* to, typename LanesOf<T>::Vector vector) {
-  std::memcpy(to, &vector, sizeof vector);
-}
-
-// 2^x: zero below the smallest normal number, NaN for NaN; x is never so large as to overflow.
-template <typename T>
-inline typename LanesOf<T>::Vector exp2_lanes(typename LanesOf<T>::Vector x) {
-  using Lanes = LanesOf<T>;
-  using Vector = typename Lanes::Vector;
-  using Mask = typename Lanes::Mask;
-  constexpr double kLn2 = 0.693147180559945309417232121458;
-  constexpr T lowest = 1 - Lanes::kExponentBias;
-  // Adding 1.5 * 2^mantissa_bits rounds to an integer and leaves it in the low bits.
-  constexpr T magic = T(3) * T(int64_t(1) << (Lanes::kExponentShift - 1));
-  const Mask underflow = x < lowest;
-  const Vector clamped = underflow ? Vector{} + lowest : x;
-  const Vector shifted = clamped + magic;
-  const Vector fraction = clamped - (shifted - magic);
-  Vector series = Vector{};
-  for (int k = Lanes::kDegree; k >= 0; --k) {
-    double coefficient = 1;  // ln2^k / k!, folded by the compiler
-    for (int i = 1; i <= k; ++i) coefficient *= kLn2 / i;
-    series = series * fraction + T(coefficient);
-  }
-  const Vector magic_lanes = Vector{} + magic;
-  const Mask exponent = (Mask)shifted - (Mask)magic_lanes + Lanes::kExponentBias;
-  const Vector scaled = series * (Vector)(exponent << Lanes::kExponentShift);
-  return underflow ? Vector{} : scaled;
-}
 
 // out[m][lane] += sum_k a(m, k) * b[k][lane] for `Rows` values of m, with
 // a(m, k) = a[m * stride + k], or a[m + k * stride] when transposed.
@@ -122,8 +66,8 @@ inline void multiply(const T* a, int64_t rows, int64_t stride, const T* b, int64
 // Queries of a panel and what has been gathered for them so far.
 template <typename T>
 struct Panel {
-  std::vector<T> query, key, direction;  // [embed_dim][lane]
-  std::vector<T> logits;                 // [key of the tile][lane], then the weights
+  std::vector<T> query, key, direction;   // [embed_dim][lane]
+  std::vector<T> logits;                  // [key of the tile][lane], then the weights
   alignas(64) T positive[kPanelRows<T>];  // query . key
   alignas(64) T peak[kPanelRows<T>];      // weights are e^{(query . queue - peak) / temperature}
   alignas(64) T sum[kPanelRows<T>];       // of the weights
@@ -262,8 +206,8 @@ void finish_panel(const Problem<T, Scalar>& problem, int64_t first_row, const Pa
     // Once a row, so double costs nothing.
     const double below = (double(panel.peak[lane]) - panel.positive[lane]) / problem.temperature;
     const double excess = std::log(double(panel.sum[lane])) + below;  // lse - positive
-    const double loss = excess > 0 ? excess + std::log1p(std::exp(-excess))
-                                   : std::log1p(std::exp(excess));
+    const double loss =
+        excess > 0 ? excess + std::log1p(std::exp(-excess)) : std::log1p(std::exp(excess));
     problem.loss[row] = T(loss);
     problem.rank[row] = int32_t(panel.rank[lane]);
     if (!problem.direction) continue;

@@ -79,8 +79,7 @@ std::tuple<Tensor, Tensor> queue_info_nce_backward_cuda(Tensor grad_loss, Tensor
                                                         Tensor direction, double temperature,
                                                         bool compute_grad_query,
                                                         bool compute_grad_key) {
-  check_queue_info_nce_backward(grad_loss, query, loss, direction, temperature,
-                                compute_grad_query);
+  check_queue_info_nce_backward(grad_loss, query, loss, direction, temperature, compute_grad_query);
   if (query.scalar_type() == ScalarType::Double) {
     fail("queue_info_nce_backward: query must be float32, bfloat16 or float16 on CUDA, got ",
          dtype_text(query));
@@ -89,8 +88,8 @@ std::tuple<Tensor, Tensor> queue_info_nce_backward_cuda(Tensor grad_loss, Tensor
   Tensor grad_query = torch::stable::new_empty(query, {compute_grad_query ? batch : 0, dim});
   Tensor grad_key = torch::stable::new_empty(query, {compute_grad_key ? batch : 0, dim});
   auto run = [&](auto kernel) {
-    kernel(grad_loss, query, loss, direction, temperature, grad_query, grad_key,
-           compute_grad_query, compute_grad_key);
+    kernel(grad_loss, query, loss, direction, temperature, grad_query, grad_key, compute_grad_query,
+           compute_grad_key);
   };
   switch (query.scalar_type()) {
     case ScalarType::BFloat16: run(backward<c10::BFloat16>); break;

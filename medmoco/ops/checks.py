@@ -46,11 +46,14 @@ def check_temperature(op: str, temperature: float) -> None:
 def check_features(op: str, features: Tensor, least_samples: int) -> None:
     """(samples, features) of a floating dtype, with enough samples for the statistic."""
     if features.dim() != 2:
-        raise RuntimeError(f"{op}: features must be (samples, features), got {shape_text(features)}")
+        raise RuntimeError(
+            f"{op}: features must be (samples, features), got {shape_text(features)}"
+        )
     check_floating(op, "features", features)
     if features.shape[0] < least_samples:
         raise RuntimeError(
-            f"{op}: features must have at least {least_samples} samples, got {features.shape[0]}"
+            f"{op}: features must have at least {least_samples} sample"
+            f"{'s' if least_samples > 1 else ''}, got {features.shape[0]}"
         )
 
 

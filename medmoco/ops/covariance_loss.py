@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from medmoco.ops.checks import check_features
-from medmoco.ops.dispatch import wide_dtype
+from medmoco.ops.dispatch import autocast_off, wide_dtype
 
 OP = "covariance_loss"
 DIRECT_COLUMNS = 16  # of largest variance, kept out of the Gram form's subtraction
@@ -32,7 +32,7 @@ def covariance_loss(features: Tensor) -> Tensor:
     """
     check_features(OP, features, least_samples=2)
     samples, dims = features.shape
-    with torch.autocast(features.device.type, enabled=False):
+    with autocast_off(features.device.type):
         if samples + DIRECT_COLUMNS < dims:
             return _gram_form(features.to(wide_dtype(features)))
         return covariance_loss_reference(features)

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from medmoco.ops.checks import check_floating, check_same_kind, shape_text
-from medmoco.ops.dispatch import autocast_operands, wide_dtype
+from medmoco.ops.dispatch import autocast_off, autocast_operands, wide_dtype
 
 OP = "dense_match"
 CHUNK_BYTES = 16 * 2**20  # of similarities at a time
@@ -38,7 +38,7 @@ def dense_match(query_map: Tensor, key_map: Tensor) -> tuple[Tensor, Tensor]:
     batch, _, positions = query.shape
     row_bytes = max(1, batch * key.shape[2]) * wide_dtype(query).itemsize
     rows = max(1, CHUNK_BYTES // row_bytes)
-    with torch.autocast(query.device.type, enabled=False):
+    with autocast_off(query.device.type):
         parts = [
             dense_match_reference(query[:, :, start : start + rows], key)
             for start in range(0, max(1, positions), rows)

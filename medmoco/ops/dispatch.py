@@ -1,6 +1,7 @@
 """What the operators share between the Python call and the compiled kernel."""
 
 from collections.abc import Iterable
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor
@@ -38,9 +39,18 @@ def wide_dtype(tensor: Tensor) -> torch.dtype:
 def autocast_operands(device_type: str, tensors: Iterable[Tensor]) -> list[Tensor]:
     """The tensors in autocast's dtype where autocast is on; float64 stays, as in PyTorch."""
     tensors = list(tensors)
-    if not torch.is_autocast_enabled(device_type):
+    if not (
+        torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)
+    ):
         return tensors
     dtype = torch.get_autocast_dtype(device_type)
     return [
         t.to(dtype) if t.is_floating_point() and t.dtype != torch.float64 else t for t in tensors
     ]
+
+
+def autocast_off(device_type: str) -> AbstractContextManager[object]:
+    """For formulas that choose their own precision, on any device, with or without autocast."""
+    if torch.amp.is_autocast_available(device_type):
+        return torch.autocast(device_type, enabled=False)
+    return nullcontext()

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from medmoco.ops.checks import check_whitening
-from medmoco.ops.dispatch import wide_dtype
+from medmoco.ops.dispatch import autocast_off, wide_dtype
 
 OP = "iternorm_whiten"
 
@@ -14,8 +14,8 @@ def iternorm_whiten(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Approximate ZCA whitening by a Newton-Schulz iteration [1, algorithm 1].
 
-    S = Z_c^T Z_c / N + eps I, P_0 = I, P_k = (3 P_{k-1} - P_{k-1}^3 S / tr S) / 2, and the output is
-    P z_c / sqrt(tr S). A few iterations whiten the large eigenvalues and leave the small ones small.
+    S = Z_c^T Z_c / N + eps I, P_0 = I, P_k = (3 P_{k-1} - P_{k-1}^3 S / tr S) / 2, and the output
+    is P z_c / sqrt(tr S). A few iterations whiten the large eigenvalues and leave small ones small.
 
     Args:
         features: (samples, features). Computed in float32, also under autocast (float64 for
@@ -39,7 +39,7 @@ def iternorm_whiten(
     check_whitening(OP, features, group_size, eps)
     if iterations < 1:
         raise RuntimeError(f"{OP}: iterations must be at least 1, got {iterations}")
-    with torch.autocast(features.device.type, enabled=False):
+    with autocast_off(features.device.type):
         wide = features.to(wide_dtype(features))
         mean = wide.mean(0)
         groups = (wide - mean).unflatten(1, (-1, group_size)).transpose(0, 1)

@@ -16,6 +16,7 @@ from medmoco.ops.checks import (
 )
 from medmoco.ops.dispatch import (
     CHUNK_BYTES,
+    autocast_off,
     autocast_operands,
     has_kernel,
     tf32_allowed,
@@ -76,7 +77,7 @@ def queue_info_nce(
         return loss, rank
     query, key, queue = autocast_operands(query.device.type, (query, key, queue))
     _check(query, key, queue, temperature, query_ids, queue_ids)
-    with torch.autocast(query.device.type, enabled=False):
+    with autocast_off(query.device.type):
         return _chunked_reference(query, key, queue, temperature, query_ids, queue_ids)
 
 
@@ -162,7 +163,9 @@ def _check(
     check_temperature(OP, temperature)
     if (query_ids is None) != (queue_ids is None):
         given = "queue_ids" if query_ids is None else "query_ids"
-        raise RuntimeError(f"{OP}: query_ids and queue_ids must be given together, got only {given}")
+        raise RuntimeError(
+            f"{OP}: query_ids and queue_ids must be given together, got only {given}"
+        )
     _check_ids("query_ids", query_ids, query)
     _check_ids("queue_ids", queue_ids, queue)
 
@@ -172,7 +175,8 @@ def _check_ids(name: str, ids: Tensor | None, rows: Tensor) -> None:
         return
     if ids.dtype != torch.int64 or ids.shape != rows.shape[:1]:
         raise RuntimeError(
-            f"{OP}: {name} must be int64 ({rows.shape[0]},), got {dtype_text(ids)} {shape_text(ids)}"
+            f"{OP}: {name} must be int64 ({rows.shape[0]},), "
+            f"got {dtype_text(ids)} {shape_text(ids)}"
         )
     if ids.device != rows.device:
         raise RuntimeError(
@@ -273,9 +277,7 @@ def _second_derivative(ctx: Any, *_: Any) -> None:
     raise RuntimeError(f"{OP}: second derivatives are not implemented")
 
 
-torch.library.register_autograd(
-    "medmoco::queue_info_nce", _backward, setup_context=_setup_context
-)
+torch.library.register_autograd("medmoco::queue_info_nce", _backward, setup_context=_setup_context)
 torch.library.register_autograd("medmoco::queue_info_nce_backward", _second_derivative)
 
 # torch.library.register_autocast would fix one dtype for all calls.
@@ -285,7 +287,7 @@ _library = torch.library.Library("medmoco", "IMPL")
 def _register_autocast(device_type: str, dispatch_key: str) -> None:
     def kernel(query: Tensor, key: Tensor, queue: Tensor, *others: Any) -> tuple[Tensor, ...]:
         operands = autocast_operands(device_type, (query, key, queue))
-        with torch.autocast(device_type, enabled=False):
+        with autocast_off(device_type):
             return torch.ops.medmoco.queue_info_nce(*operands, *others)
 
     _library.impl(OP, kernel, dispatch_key)

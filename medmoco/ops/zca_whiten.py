@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from medmoco.ops.checks import check_whitening
-from medmoco.ops.dispatch import wide_dtype
+from medmoco.ops.dispatch import autocast_off, wide_dtype
 
 OP = "zca_whiten"
 
@@ -37,7 +37,7 @@ def zca_whiten(features: Tensor, group_size: int, eps: float) -> tuple[Tensor, T
     [1] Huang et al., "Decorrelated Batch Normalization", 2018, arXiv:1804.08450.
     """
     check_whitening(OP, features, group_size, eps)
-    with torch.autocast(features.device.type, enabled=False):
+    with autocast_off(features.device.type):
         wide = features.to(wide_dtype(features))
         whitened, mean, matrix, _, _ = _ZcaWhiten.apply(wide, group_size, eps)
     return whitened.to(features.dtype), mean, matrix
@@ -48,10 +48,9 @@ def zca_whiten_reference(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The same with autograd through eigh: its gradient needs distinct eigenvalues."""
     wide = features.to(wide_dtype(features))
-    samples, dims = wide.shape
     mean = wide.mean(0)
     groups = _group(wide - mean, group_size)
-    eigenvalues, vectors = torch.linalg.eigh(groups.mT @ groups / samples)
+    eigenvalues, vectors = torch.linalg.eigh(groups.mT @ groups / wide.shape[0])
     scale = (eigenvalues.clamp(min=0) + eps).rsqrt()
     matrix = (vectors * scale[:, None, :]) @ vectors.mT
     whitened = _ungroup(groups @ matrix)

@@ -1,0 +1,59 @@
+"""Runs queue_info_nce against its float64 reference: `python tests/abi_check.py`.
+
+Without pytest and torchvision, so that it also runs in an environment that has little more than
+another torch than the extension was built with. Exits with 1 if a result is off.
+"""
+
+import sys
+from pathlib import Path
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import medmoco
+from medmoco._C import build_info
+from medmoco.ops.queue_info_nce import queue_info_nce, queue_info_nce_reference
+
+# Of the loss, and of the gradients relative to the largest.
+TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 2e-3}
+
+
+def losses_and_gradients(function, query, key, *others):
+    query, key = query.clone().requires_grad_(), key.clone().requires_grad_()
+    loss, rank = function(query, key, *others)
+    return loss.detach(), rank, *torch.autograd.grad(loss.sum(), (query, key))
+
+
+def largest_error(dtype: torch.dtype, batch: int, queue_size: int, embed_dim: int) -> float:
+    generator = torch.Generator().manual_seed(0)
+    rows = torch.randn(2 * batch + queue_size, embed_dim, generator=generator)
+    rows = torch.nn.functional.normalize(rows, dim=1).to(dtype)
+    query, key, queue = rows.split([batch, batch, queue_size])
+    ids = torch.arange(batch) % 3, torch.arange(queue_size) % 7 - 1
+    found = losses_and_gradients(queue_info_nce, query, key, queue, 0.1, *ids)
+    wide = (tensor.double() for tensor in (query, key, queue))
+    expected = losses_and_gradients(queue_info_nce_reference, *wide, 0.1, *ids)
+    errors = [(expected[0] - found[0]).abs().max(), (expected[1] != found[1]).double().max()]
+    errors += [
+        (b - a).abs().max() / b.abs().max() for a, b in zip(found[2:], expected[2:], strict=True)
+    ]
+    return max(float(error) for error in errors)
+
+
+def main() -> int:
+    print(f"medmoco {medmoco.__version__} under torch {torch.__version__}: {build_info()}")
+    failed = False
+    for dtype, tolerance in TOLERANCE.items():
+        error = max(largest_error(dtype, 5, 37, 9), largest_error(dtype, 67, 1000, 127))
+        failed |= not error <= tolerance
+        print(f"queue_info_nce {dtype}: largest error {error:.1e}, {tolerance:.0e} allowed")
+    if "torchvision" in sys.modules:
+        failed = True
+        print("medmoco.ops must not import torchvision")
+    print("failed" if failed else "ok")
+    return int(failed)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
