@@ -11,10 +11,9 @@ import tempfile
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from math import prod
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from tqdm import tqdm
@@ -78,35 +77,34 @@ def build_cache(
         UserError: names all bad files together, each with its reason; CT and MR are mixed; or the
             cache cannot be written.
     """
+    if not sources:
+        raise UserError("slice cache: expected at least one volume, got none")
     root = Path(root)
     key = cache_key(sources, settings, classes, values)
     directory = root / key
-    try:
-        root.mkdir(parents=True, exist_ok=True)
-        with locked(root / f".{key}.lock", "cache"):
-            cache = _open(directory)
-            if cache is None:
-                labelled = (tuple(classes), tuple(values)) if classes and values else ((), ())
-                _build(sources, settings, directory, *labelled, skip_bad=skip_bad)
-                cache = SliceCache(directory)
-            else:
-                print(f"cache: {directory} (found), {_summary(cache)}")
-    except OSError as error:
-        raise UserError(f"{root}: the slice cache cannot be written: {error}") from error
+    found = _open(directory)  # published whole, so that no lock is needed to read it
+    if found is None:
+        try:
+            root.mkdir(parents=True, exist_ok=True)
+            with locked(root / f".{key}.lock", "cache"):
+                found = _open(directory)  # the process that was waited for may have built it
+                if found is None:
+                    labelled = (tuple(classes), tuple(values)) if classes and values else ((), ())
+                    _build(sources, settings, directory, *labelled, skip_bad=skip_bad)
+        except OSError as error:
+            raise UserError(f"{root}: the slice cache cannot be written: {error}") from error
+    cache = SliceCache(directory) if found is None else found
     if cache.bad and not skip_bad:
         raise _all_bad(cache.bad, len(sources))
+    print(f"cache: {directory} ({'built' if found is None else 'found'}), {_summary(cache)}")
     return cache
 
 
 def _open(directory: Path) -> SliceCache | None:
-    """None if there is no cache or it was damaged, which is then removed."""
-    if not directory.is_dir():
-        return None
+    """None if there is no cache, or it was damaged since it was published."""
     try:
         return SliceCache(directory)
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        print(f"cache: {directory} is damaged ({error}) and is built again")
-        shutil.rmtree(directory)
+    except (OSError, ValueError, KeyError, TypeError):
         return None
 
 
@@ -121,21 +119,29 @@ def _build(
 ) -> None:
     for stale in directory.parent.glob(f".{directory.name}.*.partial"):
         shutil.rmtree(stale)  # of a build that was killed: the lock is ours
+    if directory.exists():
+        print(f"cache: {directory} is damaged, it is built again")
+        shutil.rmtree(directory)
     grids = _readable_grids(sources)
     settings = _with_axis(settings, grids)
     _require_space(directory.parent, grids, bool(classes))
     partial = Path(tempfile.mkdtemp(".partial", f".{directory.name}.", directory.parent))
     try:
-        index = _convert_all(sources, settings, partial, classes, values)
-        bad = [BadFile(**entry) for entry in index["bad"]]
-        if bad and (not skip_bad or not index["volumes"]):
-            raise _all_bad(bad, len(sources), skip_bad)
+        done = _convert_all(sources, settings, partial, values)
+        if done.bad and (not skip_bad or not done.volumes):
+            raise _all_bad(done.bad, len(sources), skip_bad)
+        index = {
+            "settings": asdict(replace(settings, modality=_agreed(done))),
+            "volumes": [asdict(volume) for volume in done.volumes],
+            "bad": [asdict(file) for file in done.bad],
+            "classes": classes,
+            "values": values,
+        }
         write_json(partial / INDEX_NAME, index)
         os.chmod(partial, 0o755)  # mkdtemp gives 0700, too narrow for shared folders
         os.rename(partial, directory)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
-    print(f"cache: {directory} (built), {_summary(SliceCache(directory))}")
 
 
 def _readable_grids(sources: Sequence[Source]) -> list[Grid]:
@@ -173,46 +179,42 @@ class _Image:
     modality: str
 
 
+@dataclass
+class _Converted:
+    """What came of the sources so far: good volumes, the modality of each, and bad files."""
+
+    volumes: list[VolumeEntry] = field(default_factory=list)
+    modalities: list[str] = field(default_factory=list)
+    bad: list[BadFile] = field(default_factory=list)
+
+
 def _convert_all(
-    sources: Sequence[Source],
-    settings: CacheSettings,
-    partial: Path,
-    classes: tuple[str, ...],
-    values: tuple[int, ...],
-) -> dict[str, Any]:
-    """Writes the good volumes one after another; returns the index, the bad ones listed in it."""
-    volumes: list[VolumeEntry] = []
-    bad: list[BadFile] = []
-    modalities: list[str] = []
+    sources: Sequence[Source], settings: CacheSettings, partial: Path, values: tuple[int, ...]
+) -> _Converted:
+    """Writes the good volumes one after another."""
+    done = _Converted()
     with ExitStack() as files:
         images = files.enter_context(open(partial / IMAGES_NAME, "wb"))
-        labels = files.enter_context(open(partial / LABELS_NAME, "wb")) if classes else None
+        labels = files.enter_context(open(partial / LABELS_NAME, "wb")) if values else None
         for source in tqdm(sources, desc="cache", unit="volume", disable=None):
             image = label = None
-            with _collecting(bad):
+            with _collecting(done.bad):
                 image = _convert_image(source, settings)
             if labels:
-                with _collecting(bad):
-                    grid = image.grid if image else None
+                grid = image.grid if image else None
+                with _collecting(done.bad):
                     label = _convert_label(source, settings, grid, values)
             if image is None or (labels and label is None):
                 continue
             images.write(image.pixels.data)
             if labels and label is not None:
                 labels.write(label.data)
-            volumes.append(_entry(source, image, settings))
-            modalities.append(image.modality)
+            done.volumes.append(_entry(source, image, settings))
+            done.modalities.append(image.modality)
         for file in filter(None, (images, labels)):
             file.flush()
             os.fsync(file.fileno())  # the rename must not outlive the data
-    chosen = replace(settings, modality=_agreed(volumes, modalities))
-    return {
-        "settings": asdict(chosen),
-        "volumes": [asdict(volume) for volume in volumes],
-        "bad": [asdict(file) for file in bad],
-        "classes": classes,
-        "values": values,
-    }
+    return done
 
 
 @contextmanager
@@ -256,18 +258,18 @@ def _entry(source: Source, image: _Image, settings: CacheSettings) -> VolumeEntr
     return VolumeEntry(source.case, source.patient, path, (n, h, w), (between, row, column))
 
 
-def _agreed(volumes: Sequence[VolumeEntry], modalities: Sequence[str]) -> str:
+def _agreed(done: _Converted) -> str:
     """One modality for the set: CT and MR scaled each in its way would not be one data set."""
-    counts = Counter(modalities).most_common()
-    if len(counts) < 2:
-        return counts[0][0] if counts else "auto"
+    counts = Counter(done.modalities).most_common()
+    if len(counts) == 1:
+        return counts[0][0]
     (major, many), (minor, few) = counts
-    odd = [volume.case for volume, kind in zip(volumes, modalities, strict=True) if kind == minor]
+    pairs = zip(done.volumes, done.modalities, strict=True)
+    odd = [volume.case for volume, modality in pairs if modality == minor]
     raise UserError(
         f"--modality auto: expected one modality, got {many} volumes that look like "
         f"{major.upper()} and {few} like {minor.upper()} (CT has values below -200 HU): "
-        f"{_some(odd)}; "
-        "say --modality ct or mr, or leave some out with --exclude"
+        f"{_some(odd)}; say --modality ct or mr, or leave some out with --exclude"
     )
 
 

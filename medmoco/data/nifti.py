@@ -13,6 +13,7 @@ from typing import BinaryIO
 import numpy as np
 from nibabel.nifti1 import Nifti1Header
 from nibabel.nifti2 import Nifti2Header
+from nibabel.orientations import io_orientation
 from nibabel.spatialimages import HeaderDataError
 
 from medmoco.errors import UserError
@@ -116,6 +117,10 @@ def _opened(path: Path) -> Iterator[BinaryIO]:
         raise VolumeError(path, "truncated: the gzip stream breaks off before its end") from None
     except (gzip.BadGzipFile, zlib.error) as error:
         raise VolumeError(path, f"damaged gzip stream: {error}") from None
+    except MemoryError:
+        raise VolumeError(
+            path, "cannot be read: its voxels need more memory than there is"
+        ) from None
     except OSError as error:
         raise VolumeError(path, f"cannot be read: {error.strerror or error}") from None
 
@@ -145,9 +150,10 @@ def _parse_header(path: Path, stream: BinaryIO) -> Layout:
         raise VolumeError(path, f"expected a NIfTI header, got a file that starts {start[:8]!r}")
     try:
         # From the bytes, not from the stream: nibabel would read extensions of any claimed length.
-        header = kind(start[: kind.sizeof_hdr])
-        affine = np.asarray(header.get_best_affine(), np.float64)
-        header.get_slope_inter()
+        with np.errstate(all="ignore"):  # numbers out of range are refused below
+            header = kind(start[: kind.sizeof_hdr])
+            affine = np.asarray(header.get_best_affine(), np.float64)
+            header.get_slope_inter()
     except (HeaderDataError, ValueError, OverflowError) as error:
         raise VolumeError(path, f"expected a valid NIfTI header, got: {error}") from None
     if header["magic"].item()[:3] not in (b"n+1", b"n+2"):
@@ -174,7 +180,9 @@ def _shape(path: Path, header: Nifti1Header) -> tuple[tuple[int, int, int], int]
 
 
 def _checked_affine(path: Path, affine: np.ndarray) -> np.ndarray:
-    if not np.isfinite(affine).all() or abs(np.linalg.det(affine[:3, :3])) < 1e-9:
+    whole = np.isfinite(affine).all() and np.linalg.matrix_rank(affine[:3, :3]) == 3
+    # Axes of wildly different lengths can be of full rank and yet have no orientation.
+    if not whole or np.isnan(io_orientation(affine)).any():
         raise VolumeError(path, f"expected an invertible affine, got {affine[:3].tolist()}")
     return affine
 

@@ -138,7 +138,7 @@ class SliceDataset(Dataset[dict[str, Any]]):
 
 
 def _resample(array: np.ndarray, shape: tuple[int, int]) -> np.ndarray:
-    source = torch.from_numpy(np.ascontiguousarray(array))[None, None]
+    source = torch.from_numpy(np.array(array))[None, None]  # a copy: the cache is read-only
     if source.is_floating_point():
         resampled = functional.interpolate(source, shape, mode="bilinear", antialias=True)
     else:

@@ -45,9 +45,14 @@ def split_task(
         UserError: fewer than two patients, a fraction out of range, a split file that is broken,
             names unknown cases, or has a patient in both train and test.
     """
-    for flag, value in (("--label-fraction", label_fraction), ("--test-fraction", test_fraction)):
-        if not 0 < value <= 1 or (value == 1 and flag == "--test-fraction"):
-            raise UserError(f"{flag}: expected a share above 0 and up to 1, got {value}")
+    if not 0 < label_fraction <= 1:
+        raise UserError(
+            f"--label-fraction: expected a share above 0 and up to 1, got {label_fraction}"
+        )
+    if not 0 < test_fraction < 1:
+        raise UserError(
+            f"--test-fraction: expected a share above 0 and below 1, got {test_fraction}"
+        )
     if split_file is not None:
         pretrain, train, test = _read_split(Path(split_file), task)
     else:

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from medmoco.data.volumes import BadFile
+from medmoco.errors import UserError
 
 FULL_SCALE = 65535  # the pixel value that stands for 1
 INDEX_NAME, IMAGES_NAME, LABELS_NAME = "index.json", "images.u16", "labels.u8"
@@ -29,6 +30,15 @@ class CacheSettings:
     slice_axis: int | None = None
     window: tuple[float, float] = (-175.0, 250.0)
     channel: int = 0
+
+    def __post_init__(self) -> None:
+        if self.modality not in ("auto", "ct", "mr"):
+            raise UserError(f"--modality: expected auto, ct or mr, got {self.modality}")
+        if self.slice_axis not in (None, 0, 1, 2):
+            raise UserError(f"--slice-axis: expected 0, 1 or 2, got {self.slice_axis}")
+        low, high = self.window
+        if not low < high:
+            raise UserError(f"window: expected two rising numbers of HU, got {low:g} to {high:g}")
 
 
 @dataclass(frozen=True)

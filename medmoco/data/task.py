@@ -228,7 +228,7 @@ def _classes(path: Path, content: dict[str, Any]) -> tuple[tuple[str, ...], tupl
 
 def _discovered_classes(cases: tuple[Case, ...]) -> tuple[tuple[str, ...], tuple[int, ...]]:
     """The values that the label files hold; unreadable files are left for the cache to report."""
-    values = {0}
+    values: set[int] = set()
     for case in tqdm(cases, desc="label values (no dataset.json)", unit="file", disable=None):
         try:
             found = np.unique(read_volume(case.label, label=True).voxels)
@@ -240,7 +240,11 @@ def _discovered_classes(cases: tuple[Case, ...]) -> tuple[tuple[str, ...], tuple
                 f"got {found[0]} to {found[-1]}"
             )
         values.update(found.tolist())
-    ordered = sorted(values)
+    if values == {0}:
+        raise UserError(
+            f"{cases[0].label.parent}: expected label maps with a class besides 0, got none"
+        )
+    ordered = sorted(values | {0})
     return ("background", *(f"label {value}" for value in ordered[1:])), tuple(ordered)
 
 
