@@ -120,7 +120,7 @@ def read_volume(path: Path, channel: int = 0, label: bool = False) -> Volume:
     stored, layout = read_channel(path, channel)
     voxels = _label_values(path, stored, layout) if label else _intensities(path, stored, layout)
     voxels = apply_orientation(voxels, io_orientation(layout.affine))
-    return Volume(np.ascontiguousarray(voxels), _canonical_grid(layout).affine)
+    return Volume(voxels, _canonical_grid(layout).affine)
 
 
 def stack_axes(axis: int) -> tuple[int, int, int]:
