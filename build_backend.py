@@ -6,8 +6,8 @@ be compiled against a torch that is not the one it will run with.
 """
 
 import importlib.util
+import site
 import sys
-import sysconfig
 from typing import Any
 
 from setuptools import build_meta
@@ -17,9 +17,7 @@ TORCH_REQUIREMENT = "torch>=2.11"
 
 def _expose_environment() -> None:
     """Puts the environment's packages behind the isolated ones on the path."""
-    packages = sysconfig.get_path("purelib")
-    if packages not in sys.path:
-        sys.path.append(packages)
+    sys.path += [folder for folder in site.getsitepackages() if folder not in sys.path]
 
 
 def _torch_if_missing() -> list[str]:

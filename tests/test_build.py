@@ -1,0 +1,100 @@
+"""How the package is built, and that each operator has all of its parts."""
+
+import importlib.util
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import medmoco
+import medmoco.ops
+from medmoco import _C
+
+ROOT = Path(__file__).resolve().parents[1]
+SCHEMAS = re.findall(r'"(\w+)\(Tensor', (ROOT / "csrc/medmoco.cpp").read_text())
+OPERATORS = [name for name in SCHEMAS if not name.endswith("_backward")]
+
+
+def run_python(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    variables = {**os.environ, "PYTHONPATH": str(ROOT), **environment}
+    return subprocess.run(
+        [sys.executable, *arguments], env=variables, capture_output=True, text=True, timeout=120
+    )
+
+
+def project_version() -> str:
+    return re.search(r'^version = "(.*)"', (ROOT / "pyproject.toml").read_text(), re.M)[1]
+
+
+def test_build_info_tells_how_the_extension_was_built():
+    info = _C.build_info()
+    assert info["version"] == project_version()
+    assert info["torch_target"] == "2.11"
+    assert (info["cuda_version"] is None) == (info["cuda_architectures"] is None)
+    assert info["compiler"].split()[0] in ("gcc", "clang")
+    assert isinstance(info["cpu_features"], list)
+    assert info["cpu_kernels"] in ("baseline", "avx2", "avx512")
+
+
+def test_version_stands_in_one_place():
+    assert medmoco.__version__ == project_version()
+    files = [ROOT / "setup.py", ROOT / "build_backend.py", ROOT / "CMakeLists.txt"]
+    files += [*(ROOT / "medmoco").rglob("*.py"), *(ROOT / "csrc").rglob("*.*")]
+    repeated = f"{re.escape(project_version())}(?![0-9])"
+    assert [path for path in files if re.search(rf"(?<![0-9.]){repeated}", path.read_text())] == []
+
+
+@pytest.mark.skipif(shutil.which("readelf") is None, reason="readelf is not installed")
+def test_extension_needs_no_cuda_library():
+    read = ["readelf", "--dynamic", "--wide", _C.__file__]
+    needed = re.findall(r"\(NEEDED\).*\[(.*)\]", subprocess.check_output(read, text=True))
+    assert "libtorch_cpu.so" in needed
+    assert [library for library in needed if "cuda" in library] == []
+    assert [library for library in needed if "python" in library] == []
+
+
+def test_import_without_the_extension_tells_how_to_build_it():
+    code = "import sys; sys.modules['medmoco._C'] = None; import medmoco"
+    result = run_python("-c", code)
+    assert result.returncode == 1
+    assert "Build them with: pip install -e ." in result.stderr
+
+
+@pytest.mark.parametrize("kernels", ["baseline", "avx2", "avx512"])
+def test_kernels_of_every_instruction_set_match_the_reference(kernels):
+    """Also that the operators import without torchvision, which the script checks."""
+    result = run_python(str(ROOT / "tests/abi_check.py"), MEDMOCO_CPU_KERNELS=kernels)
+    assert result.returncode == 0, result.stdout + result.stderr
+    if f"'cpu_kernels': '{kernels}'" not in result.stdout:
+        pytest.skip(f"this machine has no {kernels}")
+
+
+@pytest.mark.parametrize("operator", OPERATORS)
+def test_operator_has_all_of_its_parts(operator):
+    for part in ("csrc/cpu/{}.cpp", "csrc/cuda/{}.cu", "medmoco/ops/{}.py", "tests/test_{}.py"):
+        assert (ROOT / part.format(operator)).is_file(), part
+    module = importlib.import_module(f"medmoco.ops.{operator}")
+    assert callable(getattr(module, operator)) and callable(
+        getattr(module, f"{operator}_reference")
+    )
+    assert f"{operator}_backward" in SCHEMAS
+
+
+@pytest.mark.parametrize("function", medmoco.ops.__all__)
+def test_every_function_has_a_module_and_a_test_module(function):
+    assert (ROOT / f"medmoco/ops/{function}.py").is_file()
+    assert (ROOT / f"tests/test_{function}.py").is_file()
+
+
+def test_build_asks_for_torch_only_where_there_is_none(monkeypatch):
+    pytest.importorskip("setuptools")
+    spec = importlib.util.spec_from_file_location("build_backend", ROOT / "build_backend.py")
+    backend = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(backend)
+    assert backend._torch_if_missing() == []
+    monkeypatch.setattr(backend.importlib.util, "find_spec", lambda name: None)
+    assert backend._torch_if_missing() == ["torch>=2.11"]
