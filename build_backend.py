@@ -24,19 +24,14 @@ def _torch_if_missing() -> list[str]:
     return [] if importlib.util.find_spec("torch") else [TORCH_REQUIREMENT]
 
 
+# setup.py needs torch, so these must not run it, as setuptools' own would.
 def get_requires_for_build_wheel(config_settings: Any = None) -> list[str]:
     _expose_environment()
-    return build_meta.get_requires_for_build_wheel(config_settings) + _torch_if_missing()
+    return _torch_if_missing()
 
 
-def get_requires_for_build_editable(config_settings: Any = None) -> list[str]:
-    _expose_environment()
-    return build_meta.get_requires_for_build_editable(config_settings) + _torch_if_missing()
-
-
-def get_requires_for_build_sdist(config_settings: Any = None) -> list[str]:
-    _expose_environment()
-    return build_meta.get_requires_for_build_sdist(config_settings) + _torch_if_missing()
+get_requires_for_build_editable = get_requires_for_build_wheel
+get_requires_for_build_sdist = get_requires_for_build_wheel
 
 
 def prepare_metadata_for_build_wheel(directory: str, config_settings: Any = None) -> str:
