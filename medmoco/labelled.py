@@ -1,0 +1,123 @@
+"""From flags to labelled slices: the cases, their split, and the pixels of the images."""
+
+import dataclasses
+import math
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from medmoco.data.cache import build_cache
+from medmoco.data.slices import PixelGrid, choose_grid
+from medmoco.data.sources import read_case_list, task_sources
+from medmoco.data.splits import Split, split_task
+from medmoco.data.store import CacheSettings, SliceCache
+from medmoco.data.task import Task, read_task
+from medmoco.errors import UserError
+
+if TYPE_CHECKING:
+    from medmoco.segment import SegmentConfig
+
+WINDOW = (-175.0, 250.0)  # HU
+MAX_CANVAS = 256  # pixels, where neither flags nor encoder decide the size of the images
+CANVAS_STEP = 32
+
+
+def open_labelled(config: "SegmentConfig", metadata: dict[str, Any]) -> tuple[SliceCache, Split]:
+    """Reads and checks every file of the task, and splits its cases by patient.
+
+    Args:
+        config: --cache is set.
+        metadata: of the encoder's file; decides what the flags leave open.
+
+    Raises:
+        UserError: what is wrong with the folder, the split or any of the files.
+    """
+    if config.task is None:
+        raise UserError("--task: expected the folder of a labelled data set, got none")
+    task = without_excluded(read_task(config.task, config.patients), config)
+    split = split_task(task, config.split, config.label_fraction, config.seed, config.test_fraction)
+    assert config.cache is not None
+    cache = build_cache(
+        task_sources(task),
+        cache_settings(config, task, metadata),
+        config.cache,
+        classes=task.classes,
+        values=task.values,
+        skip_bad=config.skip_bad,
+    )
+    return cache, without_bad(split, cache)
+
+
+def without_excluded(task: Task, config: "SegmentConfig") -> Task:
+    if config.exclude is None:
+        return task
+    left_out = read_case_list(config.exclude)
+    cases = tuple(case for case in task.cases if not {case.name, case.patient} & left_out)
+    return dataclasses.replace(task, cases=cases)
+
+
+def without_bad(split: Split, cache: SliceCache) -> Split:
+    """The split without the cases that --skip-bad left out of the cache."""
+    good = {volume.case for volume in cache.volumes}
+    parts = {
+        field.name: tuple(case for case in getattr(split, field.name) if case in good)
+        for field in dataclasses.fields(split)
+    }
+    for name in ("train", "test"):
+        if not parts[name]:
+            count = len(getattr(split, name))
+            raise UserError(
+                f"--skip-bad: expected a readable case to {name} on, all {count} are bad"
+            )
+    return Split(**parts)
+
+
+def cache_settings(config: "SegmentConfig", task: Task, metadata: dict[str, Any]) -> CacheSettings:
+    """Flags win over the encoder's file, which wins over dataset.json."""
+    modality = config.modality
+    if modality == "auto":
+        modality = metadata.get("modality") or task.modality or "auto"
+    low, high = metadata.get("window", WINDOW)
+    axis = metadata.get("slice_axis") if config.slice_axis is None else config.slice_axis
+    return CacheSettings(
+        modality=modality,
+        slice_axis=axis,
+        window=(
+            low if config.window_low is None else config.window_low,
+            high if config.window_high is None else config.window_high,
+        ),
+        channel=config.channel,
+    )
+
+
+def image_grid(cache: SliceCache, config: "SegmentConfig", metadata: dict[str, Any]) -> PixelGrid:
+    """The pixels of the images: those that the encoder learned on, and enough for every slice."""
+    if config.image_size is not None:
+        spacing = config.spacing or _spacing_that_fits(cache, config.image_size, metadata)
+        return choose_grid(cache, config.image_size, spacing)
+    spacing = config.spacing or metadata.get("spacing")
+    spacing = choose_grid(cache, MAX_CANVAS, spacing).spacing
+    largest = max(
+        math.ceil(count * step / spacing - 1e-3)
+        for volume in cache.volumes
+        for count, step in zip(volume.shape[1:], volume.spacing[1:], strict=True)
+    )
+    size = CANVAS_STEP * math.ceil(largest / CANVAS_STEP)
+    return PixelGrid(max(size, metadata.get("image_size", 0)), spacing)
+
+
+def _spacing_that_fits(
+    cache: SliceCache, image_size: int, metadata: dict[str, Any]
+) -> float | None:
+    """The encoder's spacing, unless slices would not fit the images with it."""
+    fits = choose_grid(cache, image_size).spacing
+    wanted = metadata.get("spacing")
+    return None if wanted is None else max(wanted, fits)
+
+
+def foreground_slices(cache: SliceCache, indices: np.ndarray) -> Tensor:
+    """(len(indices),) bool: which of these slices show anything but background."""
+    shown = [cache.labels(v).any(axis=(1, 2)) for v in range(len(cache.volumes))]
+    return torch.from_numpy(np.concatenate(shown)[indices])

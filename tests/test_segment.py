@@ -1,0 +1,191 @@
+import json
+
+import nibabel
+import numpy as np
+import pytest
+import torch
+
+from medmoco.command import run_command
+from medmoco.data.slices import PixelGrid
+from medmoco.models.encoder import Encoder, save_encoder
+from medmoco.segment import SegmentConfig, main, prepare
+
+SMALL = ["--width", "0.125", "--device", "cpu", "--seed", "1"]
+
+
+def segment(task, output, *flags):
+    arguments = ["--task", task, "--output", output, "--cache", output.parent / "cache", *flags]
+    return run_command(main, [str(argument) for argument in [*arguments, *SMALL]])
+
+
+def summary_of(output):
+    return json.loads((output / "summary.json").read_text())
+
+
+def fails(capsys, *arguments):
+    """Runs the command, expects exit status 2, returns the message."""
+    assert segment(*arguments) == 2
+    return capsys.readouterr().err
+
+
+@pytest.fixture(scope="module", autouse=True)
+def few_pixels():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("medmoco.linear.MAX_PIXELS", 2**11)
+        yield
+
+
+@pytest.fixture(scope="module")
+def encoder_file(tmp_path_factory):
+    torch.manual_seed(0)
+    path = tmp_path_factory.mktemp("encoder") / "encoder.pt"
+    encoder = Encoder("resnet18", width=0.125, output_stride=8)
+    save_encoder(path, encoder, method="medmoco", image_size=48, modality="ct")
+    return path
+
+
+@pytest.fixture(scope="module")
+def finished(tiny_task, encoder_file, tmp_path_factory):
+    """A run of every model."""
+    output = tmp_path_factory.mktemp("segment") / "run"
+    assert segment(tiny_task, output, "--encoder", encoder_file, "--epochs", "3") == 0
+    return output
+
+
+def test_summary_holds_every_model_and_its_control(finished):
+    summary = summary_of(finished)
+    results = [
+        summary["linear"],
+        summary["finetune"],
+        summary["controls"]["linear_random"],
+        summary["controls"]["finetune_scratch"],
+    ]
+    for result in results:
+        assert 0 <= result["dice_mean"] <= 1
+        assert list(result["dice_per_class"]) == summary["classes"][1:]
+        assert len(result["dice_per_volume"]) == 2  # a fifth of ten patients
+        assert result["seconds"] > 0
+    assert summary["linear"]["weight_decay"] in (1e-2, 1e-3, 1e-4, 0.0)
+    assert summary["method"] == "medmoco"
+
+
+def test_label_maps_lie_on_the_grid_of_their_images_and_hold_the_values_of_the_labels(
+    finished, tiny_task
+):
+    split = json.loads((finished / "split.json").read_text())
+    for case in split["test"]:
+        predicted = nibabel.load(finished / f"predictions/linear-pretrained/{case}.nii.gz")
+        image = nibabel.load(tiny_task / f"imagesTr/{case}.nii.gz")
+        labels = json.loads((tiny_task / "dataset.json").read_text())["labels"]
+        assert predicted.shape == image.shape
+        np.testing.assert_allclose(predicted.affine, image.affine, atol=1e-5)
+        assert set(np.unique(np.asarray(predicted.dataobj))) <= set(range(len(labels)))
+
+
+def test_overlays_show_every_model_without_pickles(finished):
+    with np.load(finished / "predictions/overlays.npz", allow_pickle=False) as overlays:
+        stages = set(overlays["stage"])
+        assert overlays["image"].shape == overlays["truth"].shape == overlays["prediction"].shape
+        assert overlays["truth"].any(axis=(1, 2)).all()
+        assert {overlays[name].dtype for name in ("image", "truth", "prediction")} == {
+            np.dtype(np.uint8)
+        }
+    assert stages == {
+        "linear-pretrained",
+        "linear-random",
+        "finetune-pretrained",
+        "finetune-scratch",
+    }
+
+
+def test_metrics_show_the_loss_going_down(finished):
+    records = [json.loads(line) for line in (finished / "metrics.jsonl").read_text().splitlines()]
+    for stage, encoder in (("linear", "pretrained"), ("finetune", "scratch")):
+        losses = [r["loss"] for r in records if (r["stage"], r["encoder"]) == (stage, encoder)]
+        assert losses[-1] < losses[0]
+    assert [r["epoch"] for r in records if r["encoder"] == "scratch"] == [1, 2, 3]
+
+
+def test_resume_repeats_only_what_is_missing(finished):
+    kept = finished / "predictions/linear-random/result.json"
+    lost = finished / "predictions/linear-pretrained/result.json"
+    written = kept.stat().st_mtime_ns
+    before = summary_of(finished)
+    lost.unlink()
+    assert run_command(main, ["--output", str(finished), "--resume"]) == 0
+    assert lost.is_file()
+    assert kept.stat().st_mtime_ns == written
+    again = summary_of(finished)
+    assert again["controls"] == before["controls"]
+    assert again["linear"]["dice_per_volume"] == before["linear"]["dice_per_volume"]
+
+
+def test_another_encoder_does_not_get_the_result_of_the_first(finished, tiny_task):
+    flags = json.loads((finished / "config.json").read_text())
+    config = SegmentConfig(
+        task=tiny_task,
+        cache=finished.parent / "cache",
+        arch="resnet18",
+        width=0.125,
+        epochs=1,
+        device="cpu",
+        seed=flags["seed"],
+    )
+    segmentation = prepare(config)
+    first, second = Encoder("resnet18", 0.125), Encoder("resnet18", 0.125)
+    assert segmentation.identity(first) == segmentation.identity(first)
+    assert segmentation.identity(first) != segmentation.identity(second)
+
+
+def test_same_seed_gives_the_same_label_maps(tiny_task, tmp_path):
+    maps = []
+    for name in ("first", "second"):
+        output = tmp_path / name
+        assert segment(tiny_task, output, "--mode", "finetune", "--epochs", "2") == 0
+        (case, *_) = sorted((output / "predictions/finetune-scratch").glob("*.nii.gz"))
+        maps.append(np.asarray(nibabel.load(case).dataobj))
+    np.testing.assert_array_equal(*maps)
+
+
+def test_without_an_encoder_only_the_controls_run(tiny_task, tmp_path, capsys):
+    assert segment(tiny_task, tmp_path / "run", "--mode", "linear") == 0
+    summary = summary_of(tmp_path / "run")
+    assert summary["linear"] is None and summary["finetune"] is None
+    assert list(summary["controls"]) == ["linear_random"]
+    printed = capsys.readouterr().out
+    assert "linear, random" in printed
+    assert f"next:        python -m medmoco.report {tmp_path / 'run'}" in printed
+
+
+def test_images_take_size_and_spacing_from_the_encoder_and_grow_where_slices_do_not_fit(
+    tiny_task, tmp_path
+):
+    config = SegmentConfig(task=tiny_task, cache=tmp_path, arch="resnet18", width=0.125)
+    fine = prepare(config, {"image_size": 32, "spacing": 4.0, "modality": "ct"}).grid
+    assert fine.spacing == 4.0 and fine.size > 32 and fine.size % 32 == 0
+    assert prepare(config, {"image_size": 128, "spacing": 10.0}).grid == PixelGrid(128, 10.0)
+
+
+def test_folder_without_a_task_is_refused(tmp_path, capsys):
+    message = fails(capsys, tmp_path / "nothing", tmp_path / "run")
+    assert "nothing: expected the folder of a labelled data set, got no folder" in message
+    assert not (tmp_path / "run").exists()
+
+
+def test_encoder_of_another_architecture_is_refused(tiny_task, encoder_file, tmp_path, capsys):
+    flags = ("--encoder", encoder_file, "--arch", "resnet50")
+    message = fails(capsys, tiny_task, tmp_path / "run", *flags)
+    assert "--arch resnet50 was given, the file has resnet18" in message
+
+
+def test_file_that_is_no_encoder_is_refused_before_anything_is_written(tiny_task, tmp_path, capsys):
+    torch.save({"weights": torch.zeros(1)}, tmp_path / "other.pt")
+    flags = ("--encoder", tmp_path / "other.pt")
+    message = fails(capsys, tiny_task, tmp_path / "run", *flags)
+    assert "other.pt: expected an encoder.pt of medmoco, got another kind of file" in message
+    assert not (tmp_path / "run").exists()
+
+
+def test_task_that_is_missing_is_asked_for(tmp_path, capsys):
+    assert run_command(main, ["--output", str(tmp_path / "run")]) == 2
+    assert "--task: expected the folder of a labelled data set, got none" in capsys.readouterr().err
