@@ -79,6 +79,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         encoder, _ = load_encoder(config.output / "encoder.pt")
         summary |= run_stages(segmentation, encoder, config.output)
         summary["classes"] = list(segmentation.cache.classes)
+        bad = {
+            file.path: dataclasses.asdict(file) for file in (*cache.bad, *segmentation.cache.bad)
+        }
+        summary["bad_files"] = list(bad.values())
         summary["seconds"]["segment"] = round(time.monotonic() - started, 1)
     write_json(config.output / "summary.json", summary)
     write_plots(config.output)

@@ -1,16 +1,17 @@
 """The order in which slices are seen: shuffled anew each epoch, resumable at any batch."""
 
 import math
+from collections import Counter
 from collections.abc import Iterator
 
 import numpy as np
 import torch
 from torch.utils.data import DataLoader, Sampler
 
-from medmoco.data.cache import SliceCache
 from medmoco.data.slices import SliceDataset
+from medmoco.data.store import SliceCache
 
-MAX_HELD_OUT_SLICES = 4096
+MIN_HELD_OUT_SLICES, MAX_HELD_OUT_SLICES = 256, 4096
 
 
 class EpochSampler(Sampler[list[int]]):
@@ -56,17 +57,21 @@ def make_loader(
     )
 
 
-def hold_out_patients(
-    cache: SliceCache, seed: int, fraction: float = 0.1
-) -> tuple[np.ndarray, np.ndarray]:
+def hold_out_patients(cache: SliceCache, seed: int) -> tuple[np.ndarray, np.ndarray]:
     """Slice numbers to learn from, and of patients kept for the diagnostics.
 
-    A tenth of the patients, at least one, is held out; of their slices at most 4096, evenly spaced.
-    With a single patient there is nobody to hold out, and the diagnostics see the training slices.
+    A tenth of the patients is held out, or as many as give 256 slices, for an effective rank needs
+    more samples than dimensions; but at least one and at most a quarter of them. Of their slices at
+    most 4096 are used, evenly spaced. A single patient serves both ends.
     """
-    patients = sorted({volume.patient for volume in cache.volumes})
-    shuffled = np.random.default_rng(seed).permutation(patients)
-    held = set(shuffled[: max(1, round(fraction * len(patients)))])
+    slices_of: Counter[str] = Counter()
+    for volume in cache.volumes:
+        slices_of[volume.patient] += volume.shape[0]
+    shuffled = np.random.default_rng(seed).permutation(sorted(slices_of))
+    reached = np.cumsum([slices_of[patient] for patient in shuffled])
+    enough = int(np.searchsorted(reached, MIN_HELD_OUT_SLICES)) + 1
+    count = max(math.ceil(0.1 * len(shuffled)), min(enough, len(shuffled) // 4))
+    held = set(shuffled[:count])
     is_held = np.array([volume.patient in held for volume in cache.volumes])[cache.slice_volume]
     learned, kept = np.flatnonzero(~is_held), np.flatnonzero(is_held)
     if len(learned) == 0:

@@ -1,0 +1,80 @@
+"""The order of slices, and who is held out."""
+
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+from medmoco.data.stream import EpochSampler, hold_out_patients
+
+
+def cache_of(slices_per_volume: list[int], volumes_a_patient: int = 1) -> SimpleNamespace:
+    volumes = [
+        SimpleNamespace(patient=f"patient{i // volumes_a_patient:03}", shape=(n, 8, 8))
+        for i, n in enumerate(slices_per_volume)
+    ]
+    owner = np.repeat(np.arange(len(volumes)), slices_per_volume)
+    return SimpleNamespace(volumes=volumes, slice_volume=owner)
+
+
+def test_an_epoch_shows_every_slice_once_up_to_the_last_batch():
+    sampler = EpochSampler(length=23, batch_size=5, seed=0)
+    seen = [i for batch in sampler for i in batch]
+    assert len(sampler) == 4 and len(seen) == len(set(seen)) == 20
+    assert set(seen) < set(range(23))
+
+
+def test_epochs_differ_and_repeat_by_seed():
+    def epoch(seed, number):
+        sampler = EpochSampler(100, 10, seed)
+        sampler.start(number)
+        return list(sampler)
+
+    assert epoch(0, 1) == epoch(0, 1)
+    assert epoch(0, 1) != epoch(0, 2)
+    assert epoch(0, 1) != epoch(1, 1)
+
+
+def test_starting_in_the_middle_gives_the_rest_of_the_epoch():
+    sampler = EpochSampler(30, 5, seed=3)
+    sampler.start(7)
+    whole = list(sampler)
+    sampler.start(7, first_batch=4)
+    assert list(sampler) == whole[4:] and len(sampler) == 2
+
+
+@pytest.mark.parametrize(
+    ("volumes", "held_patients"),
+    [
+        ([30] * 200, 20),  # a tenth has more than 256 slices
+        ([10] * 100, 25),  # 256 slices would need 26 patients: a quarter at most
+        ([40] * 40, 7),  # 280 slices
+        ([300] * 2, 1),
+    ],
+)
+def test_a_tenth_or_256_slices_are_held_out(volumes, held_patients):
+    cache = cache_of(volumes)
+    learned, held = hold_out_patients(cache, seed=0)
+    patients = {cache.volumes[v].patient for v in cache.slice_volume[held]}
+    assert len(patients) == held_patients
+    assert not patients & {cache.volumes[v].patient for v in cache.slice_volume[learned]}
+    assert len(learned) + len(held) == sum(volumes)
+
+
+def test_all_volumes_of_a_patient_stay_together():
+    cache = cache_of([10] * 40, volumes_a_patient=4)
+    learned, held = hold_out_patients(cache, seed=1)
+    owners = [
+        {cache.volumes[v].patient for v in cache.slice_volume[part]} for part in (learned, held)
+    ]
+    assert not owners[0] & owners[1]
+
+
+def test_many_held_out_slices_are_thinned_evenly():
+    _, held = hold_out_patients(cache_of([1000] * 100), seed=0)
+    assert 4096 / 2 < len(held) <= 4096
+
+
+def test_a_single_patient_serves_both_ends():
+    learned, held = hold_out_patients(cache_of([12]), seed=0)
+    assert learned.tolist() == held.tolist() == list(range(12))
