@@ -96,6 +96,7 @@ class Segmentation:
         identity = self.identity(encoder)
         finished = read_result(folder / "result.json", identity)
         if finished is not None:
+            print(f"{name}: finished before, {folder / 'result.json'}")
             return finished
         started = time.monotonic()
         train = {"linear": self._train_linear, "finetune": self._train_unet}[stage]

@@ -10,6 +10,7 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from medmoco.data.views import ViewConfig, change_intensities
+from medmoco.errors import UserError
 from medmoco.evaluate import autocast
 from medmoco.losses import dice_cross_entropy
 
@@ -56,6 +57,9 @@ def finetune(
         amp_dtype: of autocast, None for float32 throughout.
         workers: processes that read slices.
         log: is told the mean loss after each epoch.
+
+    Raises:
+        UserError: the loss is not finite.
     """
     order_generator = torch.Generator().manual_seed(seed)
     generator = torch.Generator(device).manual_seed(seed)
@@ -86,6 +90,8 @@ def finetune(
                 losses.append(loss.detach())
                 bar.update()
             mean_loss = torch.stack(losses).mean().item()
+            if not math.isfinite(mean_loss):
+                raise UserError(f"--lr {lr}: the loss of fine-tuning is {mean_loss}; lower it")
             rate = float(schedule.get_last_lr()[0])
             bar.set_postfix(epoch=epoch, loss=f"{mean_loss:.4f}", dice=f"{dice.item():.3f}")
             log(epoch, epoch * len(batches), mean_loss, rate)

@@ -16,6 +16,7 @@ from torch.nn import functional
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
+from medmoco.errors import UserError
 from medmoco.losses import dice_cross_entropy
 from medmoco.models.decoders import LinearDecoder
 from medmoco.models.encoder import Encoder
@@ -75,12 +76,17 @@ def linear_evaluation(
 
     Returns:
         The model, image to logits; the weight decay chosen.
+
+    Raises:
+        UserError: the features are not finite.
     """
     model = LinearDecoder(encoder, classes).to(device)
     generator = torch.Generator().manual_seed(seed)
     batches = DataLoader(dataset, batch_size)
     sample = sample_pixels(model.encoder, batches, classes, generator, device)
     sample, mean, variance = standardise(sample, model.norm.eps)
+    if not variance.isfinite().all():
+        raise UserError("the encoder's features of the labelled slices are not finite in float16")
     weight_decay = choose_weight_decay(sample, patients, classes, generator)
     start = torch.zeros(classes, len(sample.features) + 1, device=device)
     with tqdm(desc="linear: fit", unit="iteration", disable=None) as bar:

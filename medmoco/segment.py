@@ -86,6 +86,10 @@ def prepare(config: SegmentConfig, metadata: dict[str, Any] | None = None) -> Se
         UserError: what is wrong with the task, its files, the split or the flags.
     """
     metadata = metadata or {}
+    for name in ("epochs", "batch_size", "lr", "image_size", "spacing", "width"):
+        value = getattr(config, name)
+        if value is not None and not value > 0:
+            raise UserError(f"--{name.replace('_', '-')}: expected a value above 0, got {value}")
     cache, split = open_labelled(config, metadata)
     return Segmentation(config, cache, split, image_grid(cache, config, metadata))
 
@@ -97,7 +101,7 @@ def with_encoder(config: SegmentConfig) -> tuple[SegmentConfig, Encoder | None, 
         UserError: the file is no encoder, or contradicts --arch or --width.
     """
     if config.encoder is None:
-        arch, width = config.arch or "resnet18", config.width or 1.0
+        arch, width = config.arch or "resnet18", 1.0 if config.width is None else config.width
         return dataclasses.replace(config, arch=arch, width=width), None, {}
     encoder, metadata = load_encoder(config.encoder)
     for name in ("arch", "width"):

@@ -1,6 +1,8 @@
+import pytest
 import torch
 
-from medmoco.finetune import ForegroundSampler, augment, warmup_cosine
+from medmoco.errors import UserError
+from medmoco.finetune import ForegroundSampler, augment, finetune, warmup_cosine
 
 
 def generator(seed=0):
@@ -52,3 +54,23 @@ def test_same_generator_state_gives_the_same_augmentation():
     image, label = torch.rand(2, 1, 16, 16), torch.ones(2, 16, 16, dtype=torch.int64)
     first, second = (augment(image, label, generator(3)) for _ in range(2))
     torch.testing.assert_close(first, second, rtol=0, atol=0)
+
+
+def test_loss_that_is_not_finite_stops_the_training():
+    model = torch.nn.Conv2d(1, 2, 1)
+    torch.nn.init.constant_(model.weight, float("nan"))
+    item = {"image": torch.rand(1, 8, 8), "label": torch.ones(8, 8, dtype=torch.int64)}
+    with pytest.raises(UserError, match=r"--lr 0.1: the loss of fine-tuning is nan"):
+        finetune(
+            model,
+            [item] * 4,
+            torch.ones(4, dtype=torch.bool),
+            epochs=1,
+            batch_size=2,
+            lr=0.1,
+            seed=0,
+            device=torch.device("cpu"),
+            amp_dtype=None,
+            workers=0,
+            log=print,
+        )

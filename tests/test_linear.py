@@ -2,6 +2,7 @@ import pytest
 import torch
 from torch.nn import functional
 
+from medmoco.errors import UserError
 from medmoco.linear import (
     UNTESTED_WEIGHT_DECAY,
     PixelSample,
@@ -144,3 +145,12 @@ def test_linear_evaluation_logs_a_falling_loss(trained):
     _, _, log = trained
     losses = [loss for _, _, loss, _ in log]
     assert losses == sorted(losses, reverse=True)
+
+
+def test_features_that_are_not_finite_are_an_error():
+    encoder = Encoder("resnet18", width=0.125, output_stride=4)
+    encoder.bn1.running_var.fill_(float("nan"))
+    with pytest.raises(UserError, match="features of the labelled slices are not finite"):
+        linear_evaluation(
+            encoder, Squares(), "aabbcc", 2, batch_size=3, seed=0, device=CPU, log=print
+        )

@@ -166,6 +166,12 @@ def test_images_take_size_and_spacing_from_the_encoder_and_grow_where_slices_do_
     assert prepare(config, {"image_size": 128, "spacing": 10.0}).grid == PixelGrid(128, 10.0)
 
 
+@pytest.mark.parametrize("flag", ["--epochs", "--batch-size", "--lr", "--image-size", "--spacing"])
+def test_flag_that_must_be_positive_is_named(flag, tiny_task, tmp_path, capsys):
+    message = fails(capsys, tiny_task, tmp_path / "run", flag, "0")
+    assert f"{flag}: expected a value above 0, got 0" in message
+
+
 def test_folder_without_a_task_is_refused(tmp_path, capsys):
     message = fails(capsys, tmp_path / "nothing", tmp_path / "run")
     assert "nothing: expected the folder of a labelled data set, got no folder" in message
