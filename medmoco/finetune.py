@@ -72,9 +72,9 @@ def finetune(
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: warmup_cosine(step, total))
 
     model.train()
-    with tqdm(total=total, desc="finetune", unit="step", mininterval=5, disable=None) as bar:
+    with tqdm(total=total, desc="finetune", unit="step", disable=None) as bar:
         for epoch in range(1, epochs + 1):
-            losses = []
+            seen = []
             for batch in batches:
                 image = batch["image"].to(device, non_blocking=True)
                 label = batch["label"].to(device, non_blocking=True)
@@ -87,13 +87,13 @@ def finetune(
                 nn.utils.clip_grad_norm_(model.parameters(), CLIP_NORM)
                 optimizer.step()
                 schedule.step()
-                losses.append(loss.detach())
+                seen.append(torch.stack([loss.detach(), dice]))
                 bar.update()
-            mean_loss = torch.stack(losses).mean().item()
+            mean_loss, mean_dice = torch.stack(seen).mean(0).tolist()
             if not math.isfinite(mean_loss):
                 raise UserError(f"--lr {lr}: the loss of fine-tuning is {mean_loss}; lower it")
             rate = float(schedule.get_last_lr()[0])
-            bar.set_postfix(epoch=epoch, loss=f"{mean_loss:.4f}", dice=f"{dice.item():.3f}")
+            bar.set_postfix(epoch=epoch, loss=f"{mean_loss:.4f}", dice=f"{mean_dice:.3f}")
             log(epoch, epoch * len(batches), mean_loss, rate)
     model.eval()
 
