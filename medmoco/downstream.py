@@ -5,7 +5,6 @@ import dataclasses
 import functools
 import hashlib
 import json
-import os
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -23,7 +22,7 @@ from medmoco.errors import UserError
 from medmoco.evaluate import OVERLAYS_NAME, evaluate, write_pictures
 from medmoco.finetune import finetune
 from medmoco.labelled import foreground_slices
-from medmoco.launch import default_device
+from medmoco.launch import choose_device, choose_workers
 from medmoco.linear import linear_evaluation
 from medmoco.models.decoders import UNet
 from medmoco.models.encoder import Encoder
@@ -61,7 +60,7 @@ class Segmentation:
         self.cache = cache
         self.split = split
         self.grid = grid
-        self.device = torch.device(config.device or default_device())
+        self.device = choose_device(config.device)
         self.amp_dtype = None if config.amp_dtype == "float32" else torch.bfloat16
         slices = cache.indices_of(split.train)
         self.dataset = SliceDataset(cache, slices, grid, with_labels=True)
@@ -155,7 +154,7 @@ class Segmentation:
             seed=self.config.seed,
             device=self.device,
             amp_dtype=self.amp_dtype,
-            workers=self._workers(),
+            workers=choose_workers(self.config.workers, self.device),
             log=log,
         )
         return model, {}
@@ -172,11 +171,6 @@ class Segmentation:
         dataset = SliceDataset(self.cache, slices[::step], self.grid)
         batches = DataLoader(dataset, self.config.batch_size)
         recalibrate_batchnorm(encoder, (batch["image"].to(self.device) for batch in batches))
-
-    def _workers(self) -> int:
-        if self.config.workers is not None:
-            return self.config.workers
-        return 0 if self.device.type == "cpu" else min(8, os.cpu_count() or 1)
 
     def identity(self, encoder: Encoder | None) -> str:
         """A digest of all that a result depends on: flags, slices, split, pixels and weights."""

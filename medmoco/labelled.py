@@ -34,10 +34,7 @@ def open_labelled(config: "SegmentConfig", metadata: dict[str, Any]) -> tuple[Sl
     Raises:
         UserError: what is wrong with the folder, the split or any of the files.
     """
-    if config.task is None:
-        raise UserError("--task: expected the folder of a labelled data set, got none")
-    task = without_excluded(read_task(config.task, config.patients), config)
-    split = split_task(task, config.split, config.label_fraction, config.seed, config.test_fraction)
+    task, split = read_split(config)
     assert config.cache is not None
     cache = build_cache(
         task_sources(task),
@@ -50,12 +47,20 @@ def open_labelled(config: "SegmentConfig", metadata: dict[str, Any]) -> tuple[Sl
     return cache, without_bad(split, cache)
 
 
-def without_excluded(task: Task, config: "SegmentConfig") -> Task:
-    if config.exclude is None:
-        return task
-    left_out = read_case_list(config.exclude)
+def read_split(config: "SegmentConfig") -> tuple[Task, Split]:
+    """The task without the cases of --exclude, and its split by patient; opens no volume.
+
+    Raises:
+        UserError: what is wrong with the folder or the split.
+    """
+    if config.task is None:
+        raise UserError("--task: expected the folder of a labelled data set, got none")
+    task = read_task(config.task, config.patients)
+    left_out = read_case_list(config.exclude) if config.exclude else frozenset()
     cases = tuple(case for case in task.cases if not {case.name, case.patient} & left_out)
-    return dataclasses.replace(task, cases=cases)
+    task = dataclasses.replace(task, cases=cases)
+    split = split_task(task, config.split, config.label_fraction, config.seed, config.test_fraction)
+    return task, split
 
 
 def without_bad(split: Split, cache: SliceCache) -> Split:

@@ -1,6 +1,7 @@
 """From flags to a run that can start: the device, the output folder, config.json."""
 
 import dataclasses
+import os
 import sys
 import time
 from pathlib import Path
@@ -10,13 +11,37 @@ import torch
 
 import medmoco
 from medmoco.config import to_json
+from medmoco.errors import UserError
 from medmoco.output import CONFIG_NAME, check_output, prepare_output, write_json
 
 Config = TypeVar("Config", bound=Any)  # a configuration with output, cache, resume and overwrite
 
 
-def default_device() -> str:
-    return "cuda" if torch.cuda.is_available() else "cpu"
+def choose_device(name: str | None) -> torch.device:
+    """--device, or CUDA where there is some.
+
+    Raises:
+        UserError: no such device on this machine.
+    """
+    available = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if name is None:
+        return torch.device("cuda" if available else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        device = None
+    if device is None or device.type not in ("cpu", "cuda"):
+        raise UserError(f"--device: expected cpu, cuda or cuda:N, got {name!r}")
+    if device.type == "cuda" and (device.index or 0) >= available:
+        raise UserError(f"--device {name}: this machine has {available} CUDA devices for torch")
+    return device
+
+
+def choose_workers(workers: int | None, device: torch.device) -> int:
+    """--workers, or loader processes where the training leaves cores for them."""
+    if workers is not None:
+        return workers
+    return 0 if device.type == "cpu" else min(8, os.cpu_count() or 1)
 
 
 def choose_output(config: Config, name: str) -> Config:

@@ -2,7 +2,6 @@
 
 import dataclasses
 import math
-import os
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
@@ -10,7 +9,7 @@ import torch
 from medmoco.data.cache import SliceCache
 from medmoco.data.stream import hold_out_patients
 from medmoco.errors import UserError
-from medmoco.launch import default_device
+from medmoco.launch import choose_device, choose_workers
 from medmoco.models.encoder import Encoder, default_output_stride
 from medmoco.models.moco import Branch, MoCo
 from medmoco.models.whitening import (
@@ -91,8 +90,7 @@ def apply_data_defaults(config: Config, slices: int) -> Config:
         raise UserError(
             f"--batch-size {batch}: expected at most the {slices} slices there are to learn from"
         )
-    device = config.device or default_device()
-    on_cpu = torch.device(device).type == "cpu"
+    device = choose_device(config.device)
     sized = {
         "batch_size": batch,
         "arch": "resnet18" if slices < 50_000 else "resnet50",
@@ -100,9 +98,9 @@ def apply_data_defaults(config: Config, slices: int) -> Config:
         "queue_size": min(65536, max(1, slices // 4)),
         "momentum": 0.99 if config.epochs * (slices // batch) < 20_000 else 0.999,
         "lr": 0.03 * batch / 256,
-        "device": device,
-        "amp_dtype": "float32" if on_cpu else "bfloat16",
-        "workers": 0 if on_cpu else min(8, os.cpu_count() or 1),
+        "device": str(device),
+        "amp_dtype": "float32" if device.type == "cpu" else "bfloat16",
+        "workers": choose_workers(config.workers, device),
     }
     return dataclasses.replace(config, **_unset(config, sized))
 

@@ -11,7 +11,6 @@ from torch import Tensor
 from medmoco.errors import UserError
 from medmoco.output import append_jsonl, write_text
 
-
 PRETRAINING_STAGES = ("pretrain", "diagnostics")
 
 
@@ -60,6 +59,7 @@ class StepClock:
     """Speed, and the share of time that the loop waited for data, since the last reading."""
 
     def __init__(self) -> None:
+        self._images = 0
         self._restart()
 
     def data_ready(self) -> None:

@@ -47,7 +47,7 @@ OVERSAMPLING = 1.5  # finer pixels than the image's are kept up to here, for cro
 class PretrainConfig:
     """Flags of pretraining; a default of None is decided by the method or by the data."""
 
-    data: Path = option(None, "folder of .nii/.nii.gz volumes, searched recursively")
+    data: Path | None = option(None, "folder of .nii/.nii.gz volumes, searched recursively")
     output: Path = option(None, "folder of the run; default runs/<time>-<method>")
     method: str = option("medmoco", "preset of the flags below", choices=tuple(PRESETS))
     arch: str = option(None, "encoder", choices=("resnet18", "resnet34", "resnet50"))
@@ -350,7 +350,14 @@ class Pretraining:
     def _identity(self) -> dict[str, Any]:
         """What a checkpoint must agree with: all that shapes the model or the road it takes."""
         config = self.config
-        names = ("method", "arch", "width", "image_size", "output_stride", "embed_dim")
+        names: tuple[str, ...] = (
+            "method",
+            "arch",
+            "width",
+            "image_size",
+            "output_stride",
+            "embed_dim",
+        )
         names += (
             "queue_size",
             "local",

@@ -15,8 +15,8 @@ from typing import Any
 from medmoco.command import run_command
 from medmoco.config import option, parse
 from medmoco.data.phantom import generate_phantom
-from medmoco.data.splits import split_task, write_split
-from medmoco.data.task import read_task
+from medmoco.data.splits import write_split
+from medmoco.labelled import read_split
 from medmoco.launch import choose_output, create_run
 from medmoco.methods import resolve
 from medmoco.models.encoder import load_encoder
@@ -32,7 +32,8 @@ PHANTOM_FLAGS: dict[str, Any] = {
     "image_size": 64,
     "output_stride": 8,
     "epochs": 8,
-    "finetune_epochs": 8,
+    "label_fraction": 0.25,
+    "finetune_epochs": 25,
 }
 
 
@@ -47,8 +48,12 @@ class TrainConfig(PretrainConfig):
         None, 'JSON file {"pretrain": [], "train": [], "test": []} of cases'
     )
     test_fraction: float = option(0.2, "share of the patients to test on, without --split")
-    label_fraction: float = option(1.0, "share of the training patients whose labels are used")
-    finetune_epochs: int | None = option(None, "epochs of fine-tuning; default as segment --epochs")
+    label_fraction: float = option(
+        None, "share of the training patients whose labels are used; default 1"
+    )
+    finetune_epochs: int | None = option(
+        None, "epochs of fine-tuning; default that of medmoco segment"
+    )
     controls: bool = option(
         True, "also evaluate a frozen random encoder and a U-Net trained from scratch"
     )
@@ -106,8 +111,7 @@ def kept_from_pretraining(config: TrainConfig) -> set[str]:
     """Cases of the task that pretraining must not see, and the patients to be tested on."""
     if config.task is None:
         return set()
-    task = read_task(config.task, config.patients)
-    split = split_task(task, config.split, config.label_fraction, config.seed, config.test_fraction)
+    task, split = read_split(segment_config(config))
     allowed, tested = set(split.pretrain), set(split.test)
     kept = {case.name for case in task.cases} - allowed
     return kept | {case.patient for case in task.cases if case.name in tested}
@@ -121,9 +125,8 @@ def segment_config(config: TrainConfig) -> SegmentConfig:
     own = {"epochs", "batch_size", "lr", "image_size", "spacing", "output_stride"}
     own |= {"window_low", "window_high"}
     flags = {name: getattr(config, name) for name in shared - own}
-    if config.finetune_epochs is not None:
-        flags["epochs"] = config.finetune_epochs
-    return SegmentConfig(**flags)
+    flags["epochs"] = config.finetune_epochs
+    return SegmentConfig(**{name: value for name, value in flags.items() if value is not None})
 
 
 def closing_table(summary: dict[str, Any]) -> str:

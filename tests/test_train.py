@@ -9,6 +9,8 @@ import pytest
 
 from medmoco import train
 from medmoco.command import run_command
+from medmoco.config import parse
+from medmoco.labelled import read_split
 
 TINY = ["--width", "0.125", "--image-size", "32", "--output-stride", "8", "--batch-size", "8"]
 TINY += ["--epochs", "1", "--finetune-epochs", "1", "--device", "cpu"]
@@ -121,3 +123,23 @@ def test_without_a_command_the_build_and_the_commands_are_shown():
 def test_an_unknown_command_is_named():
     done = subprocess.run([sys.executable, "-m", "medmoco", "fly"], capture_output=True, text=True)
     assert done.returncode == 2 and "got 'fly'" in done.stderr
+
+
+def test_excluded_cases_do_not_move_test_patients_into_pretraining(tiny_task, tmp_path):
+    left_out = sorted(path.name for path in (tiny_task / "imagesTr").iterdir())[:3]
+    (tmp_path / "exclude.txt").write_text("\n".join(left_out))
+    flags = ["--task", str(tiny_task), "--exclude", str(tmp_path / "exclude.txt")]
+    config = parse(train.TrainConfig, flags, prog="", description="")
+    task, split = read_split(train.segment_config(config))
+    kept = train.kept_from_pretraining(config)
+    assert len(task.cases) == 7
+    assert set(split.test) <= kept
+    assert not kept & {*split.train, *split.pretrain}
+
+
+@pytest.mark.parametrize("device", ["gpu", "cuda:99", "meta"])
+def test_a_device_that_is_not_there_is_named(tiny_task, tmp_path, capsys, device):
+    flags = ["--task", str(tiny_task), *TINY, "--output", str(tmp_path / "run")]
+    assert run_command(train.main, [*flags, "--device", device]) == 2
+    assert "--device" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()

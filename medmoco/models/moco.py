@@ -6,7 +6,7 @@
 
 import copy
 from collections.abc import Iterable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -256,7 +256,7 @@ def recalibrate_batchnorm(module: nn.Module, batches: Iterable[Tensor]) -> None:
 
     A cumulative average (momentum None), so that each batch counts the same.
     """
-    layers = [m for m in module.modules() if hasattr(m, "running_mean")]
+    layers: list[Any] = [m for m in module.modules() if hasattr(m, "running_mean")]
     kept = [layer.momentum for layer in layers]
     for layer in layers:
         layer.reset_running_stats()
