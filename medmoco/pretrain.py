@@ -41,6 +41,11 @@ CALIBRATION_BATCHES = 8  # before the queue is filled, so that the first keys ar
 LOG_EVERY = 10  # steps between two readings of the losses, each of which waits for the device
 CHECKPOINT_SECONDS = 600
 OVERSAMPLING = 1.5  # finer pixels than the image's are kept up to here, for crops that zoom in
+# A checkpoint goes on only where these agree: they shape the model, or the road that it takes.
+IDENTITY = (
+    *("method", "arch", "width", "image_size", "output_stride", "embed_dim", "queue_size"),
+    *("local", "decorrelation", "key_norm", "batch_size", "epochs", "seed"),
+)
 
 
 @dataclass(frozen=True)
@@ -167,10 +172,12 @@ class Pretraining:
             if not self.diagnostics:
                 bar.set_postfix_str(f"filling the queue with {self.config.queue_size:,} keys")
                 self._start()
-            while self.step < self.total_steps:
-                self._train_epoch(bar, stop)
-                self._diagnose()
-                self.save()
+            while self._diagnosis_due() or self.step < self.total_steps:
+                if self._diagnosis_due():  # also where a run was stopped right before it
+                    self._diagnose()
+                    self.save()
+                else:
+                    self._train_epoch(bar, stop)
         save_encoder(self.output / "encoder.pt", self.model.query.encoder, **self.metadata())
         return self.diagnostics
 
@@ -270,6 +277,10 @@ class Pretraining:
 
     # --- diagnostics, saving, export ----------------------------------------------------------
 
+    def _diagnosis_due(self) -> bool:
+        """After every epoch, and before the first."""
+        return self.step % self.sampler.batches == 0 and self.diagnostics["step"] < self.step
+
     @torch.no_grad()
     def _diagnose(self) -> None:
         """Looks at features and embeddings of held-out slices, un-augmented, in eval mode."""
@@ -348,27 +359,10 @@ class Pretraining:
         }
 
     def _identity(self) -> dict[str, Any]:
-        """What a checkpoint must agree with: all that shapes the model or the road it takes."""
+        """What a checkpoint must agree with, see IDENTITY."""
         config = self.config
-        names: tuple[str, ...] = (
-            "method",
-            "arch",
-            "width",
-            "image_size",
-            "output_stride",
-            "embed_dim",
-        )
-        names += (
-            "queue_size",
-            "local",
-            "decorrelation",
-            "key_norm",
-            "batch_size",
-            "epochs",
-            "seed",
-        )
         data = self.cache.directory.name  # a digest of files and settings
-        return {"data": data} | {name: getattr(config, name) for name in names}
+        return {"data": data} | {name: getattr(config, name) for name in IDENTITY}
 
     def metadata(self) -> dict[str, Any]:
         """What goes into encoder.pt, so that segmentation treats images alike."""

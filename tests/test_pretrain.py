@@ -56,12 +56,13 @@ def assert_identical(one, other) -> None:
 
 
 def assert_same_end(one: Path, other: Path) -> None:
-    """The whole state, the exported weights and every recorded loss are the same."""
+    """The whole state, the exported weights, every loss and every diagnosis are the same."""
     assert_identical(state(one), state(other))
     weights = [load_encoder(run / "encoder.pt")[0].state_dict() for run in (one, other)]
     assert_identical(*(dict(weight) for weight in weights))
     losses = [[record["loss"] for record in records(run)] for run in (one, other)]
     assert losses[0] == losses[1]
+    assert records(one, "diagnostics") == records(other, "diagnostics")
 
 
 @pytest.fixture(scope="module")
@@ -96,7 +97,7 @@ def test_same_seed_gives_the_same_weights(flags, unbroken, tmp_path):
     assert_same_end(unbroken, tmp_path / "again")
 
 
-@pytest.mark.parametrize("step", [1, 5, 6, 7])
+@pytest.mark.parametrize("step", [1, 6, 7, 12])
 def test_sigterm_saves_and_resume_ends_with_the_same_weights(
     flags, unbroken, tmp_path, monkeypatch, step
 ):
