@@ -153,6 +153,7 @@ class Pretraining:
         self.chance = math.log(config.queue_size + 1)  # the loss of guessing, in nats
         self.losses = [0.0, 0]  # global losses of the epoch so far: their sum and number
         self.diagnostics: dict[str, Any] = {}
+        self.last: dict[str, Any] = {}  # record that was read back from the device
 
     # --- the loop ---------------------------------------------------------------------------
 
@@ -176,6 +177,8 @@ class Pretraining:
                 if self._diagnosis_due():  # also where a run was stopped right before it
                     self._diagnose()
                     self.save()
+                    if bar.disable and self.last:  # no terminal: a line an epoch for the log
+                        print(f"epoch {self.diagnostics['epoch']}: {self._status()}", flush=True)
                 else:
                     self._train_epoch(bar, stop)
         save_encoder(self.output / "encoder.pt", self.model.query.encoder, **self.metadata())
@@ -379,15 +382,21 @@ class Pretraining:
     # --- progress -----------------------------------------------------------------------------
 
     def _progress_bar(self) -> tqdm:
-        return tqdm(total=self.total_steps, initial=self.step, unit="step", desc="pretrain")
+        return tqdm(
+            total=self.total_steps, initial=self.step, unit="step", desc="pretrain", disable=None
+        )
 
     def _log(self, bar: tqdm, clock: StepClock) -> None:
         records = self.metrics.flush(**clock.read())
         for record in records:
             self.losses = [self.losses[0] + record["loss_global"], self.losses[1] + 1]
-        last = records[-1]
-        rank = self.diagnostics["effective_rank"]
-        bar.set_postfix_str(
+        self.last = records[-1]
+        bar.set_postfix_str(self._status())
+
+    def _status(self) -> str:
+        """The last step and the last diagnosis in a line."""
+        last, rank = self.last, self.diagnostics["effective_rank"]
+        return (
             f"loss {last['loss']:.3f}, global {last['loss_global']:.3f} (chance "
             f"{self.chance:.2f}), acc1 {last['acc1']:.2f}, "
             f"rank {'-' if rank is None else f'{rank:.1f}'}, "
