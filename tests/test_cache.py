@@ -393,6 +393,24 @@ def test_channels_of_one_case_are_one_patient(tmp_path):
     assert [item.patient for item in folder_sources(tmp_path / "imagesTr")] == ["a", "a", "b"]
 
 
+def test_channels_are_known_by_the_folder_they_lie_in(tmp_path):
+    for name in ("imagesTr/a_0000", "imagesTr/a_0001", "imagesTs/b_0000", "other/c_0000"):
+        save_volume(tmp_path / f"{name}.nii.gz", ramp())
+    assert [item.patient for item in folder_sources(tmp_path)] == ["a", "a", "b", "c_0000"]
+
+
+@pytest.mark.parametrize("excluded", [{"a"}, {"a_0000", "a_0001"}])
+@pytest.mark.parametrize("folders", [("imagesTr",), ("imagesTr", "copy/imagesTr")])
+def test_an_excluded_case_is_left_out_with_its_channels_wherever_it_lies(
+    tmp_path, folders, excluded
+):
+    for folder in folders:
+        for name in ("a_0000", "a_0001", "b_0000"):
+            save_volume(tmp_path / folder / f"{name}.nii.gz", ramp())
+    left = folder_sources(tmp_path, exclude=excluded)
+    assert [item.image.name for item in left] == ["b_0000.nii.gz"] * len(folders)
+
+
 def test_excluded_cases_are_left_out(tmp_path):
     for name in "abc":
         save_volume(tmp_path / f"{name}.nii.gz", ramp())

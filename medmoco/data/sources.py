@@ -31,12 +31,13 @@ def folder_sources(
     """All volumes below a folder, unlabelled.
 
     A case is named by its file; where two files share a name, by its path within the folder. In
-    imagesTr or imagesTs of nnU-Net, whose files end in _0000, _0001, ..., the channels of a case
+    nnU-Net's imagesTr or imagesTs, whose files end in _0000, _0001, ..., the channels of a case
     are volumes of one patient.
 
     Args:
         patients: see `task.patient_of`.
-        exclude: names of cases to leave out.
+        exclude: names of cases to leave out, with all their channels and wherever they lie below
+            the folder, and of patients.
 
     Raises:
         UserError: what `find_volumes` and `patient_of` raise, or nothing is left.
@@ -44,18 +45,27 @@ def folder_sources(
     folder = Path(folder)
     paths = find_volumes(folder)
     counts = Counter(volume_name(path) for path in paths)
-    numbered = folder.name.startswith("images") and all(map(CHANNEL.search, counts))
+    with_channels = _folders_of_channels(paths)
     sources = []
     for path in paths:
-        name = volume_name(path)
+        name = file_name = volume_name(path)
         if counts[name] > 1:
             name = path.relative_to(folder).with_name(name).as_posix()
-        patient = patient_of(CHANNEL.sub("", name) if numbered else name, patients)
-        if not {name, patient} & set(exclude):
+        all_channels = (name, file_name)
+        if path.parent in with_channels:
+            all_channels = tuple(CHANNEL.sub("", n) for n in all_channels)
+        patient = patient_of(all_channels[0], patients)
+        if not {name, file_name, *all_channels, patient} & set(exclude):
             sources.append(Source(name, patient, path))
     if not sources:
         raise UserError(f"{folder}: expected volumes besides those of --exclude, got none")
     return sources
+
+
+def _folders_of_channels(paths: Collection[Path]) -> set[Path]:
+    """Folders named images..., all of whose files end in a channel's number."""
+    plain = {path.parent for path in paths if not CHANNEL.search(volume_name(path))}
+    return {path.parent for path in paths if path.parent.name.startswith("images")} - plain
 
 
 def read_case_list(path: Path) -> frozenset[str]:
