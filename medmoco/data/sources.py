@@ -51,11 +51,11 @@ def folder_sources(
         name = file_name = volume_name(path)
         if counts[name] > 1:
             name = path.relative_to(folder).with_name(name).as_posix()
-        all_channels = (name, file_name)
+        case, file_case = name, file_name
         if path.parent in with_channels:
-            all_channels = tuple(CHANNEL.sub("", n) for n in all_channels)
-        patient = patient_of(all_channels[0], patients)
-        if not {name, file_name, *all_channels, patient} & set(exclude):
+            case, file_case = CHANNEL.sub("", name), CHANNEL.sub("", file_name)
+        patient = patient_of(case, patients)
+        if not {name, file_name, case, file_case, patient} & set(exclude):
             sources.append(Source(name, patient, path))
     if not sources:
         raise UserError(f"{folder}: expected volumes besides those of --exclude, got none")
