@@ -15,14 +15,24 @@ from medmoco.errors import UserError
 Config = TypeVar("Config")
 
 
-def option(default: Any, help: str, *, choices: Sequence[Any] | None = None) -> Any:
+def option(
+    default: Any,
+    help: str,
+    *,
+    choices: Sequence[Any] | None = None,
+    above: float | None = None,
+    least: float | None = None,
+    most: float | None = None,
+) -> Any:
     """A dataclass field that becomes the flag --name-with-dashes.
 
     Its type is taken from the annotation: bool becomes a switch, Path, int, float and str are
     parsed, and `X | None` accepts what X accepts. A default of None under the annotation `X` means
-    that the method or the data decides before the value is used.
+    that the method or the data decides before the value is used. A number lies above `above`, and
+    within `least` and `most`.
     """
-    return dataclasses.field(default=default, metadata={"help": help, "choices": choices})
+    limits = {"above": above, "least": least, "most": most}
+    return dataclasses.field(default=default, metadata={"help": help, "choices": choices} | limits)
 
 
 def parse(cls: type[Config], argv: Sequence[str] | None, *, prog: str, description: str) -> Config:
@@ -32,7 +42,8 @@ def parse(cls: type[Config], argv: Sequence[str] | None, *, prog: str, descripti
     run's own config.json, where a flag may only change what a `cls` names in `RESUME_MAY_CHANGE`.
 
     Raises:
-        UserError: a configuration file is broken, or a flag contradicts the run to be resumed.
+        UserError: a configuration file is broken, a flag contradicts the run to be resumed, or a
+            number is out of range.
     """
     parser = argparse.ArgumentParser(prog=prog, description=description, allow_abbrev=False)
     parser.add_argument("--config", type=Path, metavar="FILE", help="config.json of an earlier run")
@@ -44,7 +55,24 @@ def parse(cls: type[Config], argv: Sequence[str] | None, *, prog: str, descripti
     values = read_config(cls, config_file) if config_file else {}
     if given.get("resume"):
         values = _resumed(cls, given)
-    return cls(**{**values, **given})
+    values |= given
+    for field in dataclasses.fields(cls):  # type: ignore[arg-type]
+        _check_limits(field, values.get(field.name))
+    return cls(**values)
+
+
+def _check_limits(field: dataclasses.Field[Any], value: Any) -> None:
+    if value is None:
+        return
+    above, least, most = (field.metadata.get(name) for name in ("above", "least", "most"))
+    for limit, kept, words in (
+        (above, above is None or value > above, "above"),
+        (least, least is None or value >= least, "of at least"),
+        (most, most is None or value <= most, "of at most"),
+    ):
+        if not kept:
+            flag = "--" + field.name.replace("_", "-")
+            raise UserError(f"{flag}: expected a value {words} {limit}, got {value}")
 
 
 def _resumed(cls: type[Any], given: dict[str, Any]) -> dict[str, Any]:

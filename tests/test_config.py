@@ -22,6 +22,9 @@ class Example:
     controls: bool = option(True, "run the controls too")
     resume: bool = option(False, "go on")
     device: str | None = option(None, "cpu or cuda")
+    temperature: float = option(0.2, "of the logits", above=0)
+    crop_min: float = option(None, "share", above=0, most=1)
+    epochs: int = option(None, "passes", least=1)
 
     RESUME_MAY_CHANGE: ClassVar[frozenset[str]] = frozenset({"device"})
 
@@ -125,6 +128,27 @@ def test_unknown_and_abbreviated_flags_and_values_end_with_status_2(argv, capsys
         read(*argv)
     assert ended.value.code == 2
     assert argv[0] in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("temperature", 0.0, "above 0, got 0.0"),
+        ("crop_min", -0.5, "above 0, got -0.5"),
+        ("crop_min", 2.0, "of at most 1, got 2.0"),
+        ("epochs", 0, "of at least 1, got 0"),
+    ],
+)
+def test_number_out_of_range_is_named(tmp_path, name, value, message):
+    flag = "--" + name.replace("_", "-")
+    path = config_file(tmp_path, **{name: value})
+    for argv in ((flag, str(value)), ("--config", str(path))):
+        with pytest.raises(UserError, match=f"{flag}: expected a value {message}"):
+            read(*argv)
+
+
+def test_numbers_at_their_limits_are_taken():
+    assert read("--crop-min", "1", "--epochs", "1") == Example(crop_min=1.0, epochs=1)
 
 
 def test_help_shows_defaults_and_percent_signs(capsys):
