@@ -14,6 +14,8 @@ from medmoco.errors import UserError
 
 Config = TypeVar("Config")
 
+MAX_SEED = 2**63 - 1  # what torch.manual_seed takes and a JSON reader keeps
+
 
 def option(
     default: Any,

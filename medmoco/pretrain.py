@@ -19,7 +19,7 @@ from tqdm import tqdm
 import medmoco
 from medmoco.checkpoint import load_checkpoint, save_checkpoint
 from medmoco.command import run_command
-from medmoco.config import option, parse
+from medmoco.config import MAX_SEED, option, parse
 from medmoco.data.cache import build_cache
 from medmoco.data.slices import PixelGrid, SliceDataset, choose_grid
 from medmoco.data.sources import folder_sources, read_case_list
@@ -57,33 +57,35 @@ class PretrainConfig:
     method: str = option("medmoco", "preset of the flags below", choices=tuple(PRESETS))
     arch: str = option(None, "encoder", choices=("resnet18", "resnet34", "resnet50"))
     width: float = option(None, "scales the encoder's channels; default 1")
-    image_size: int = option(None, "pixels of a view, square")
-    spacing: float | None = option(None, "mm a pixel; default: the set's median, or what fits")
+    image_size: int = option(None, "pixels of a view, square", least=4)
+    spacing: float | None = option(
+        None, "mm a pixel; default: the set's median, or what fits", above=0
+    )
     output_stride: int = option(None, "input pixels a cell", choices=(4, 8, 16, 32))
-    epochs: int = option(None, "passes over the slices")
-    batch_size: int = option(None, "slices a step")
-    lr: float = option(None, "learning rate; default 0.03 * batch size / 256")
-    weight_decay: float = option(None, "of SGD")
-    embed_dim: int = option(128, "length of an embedding")
-    queue_size: int = option(None, "keys in the queue; default a quarter of the slices")
-    momentum: float = option(None, "of the key encoder's moving average")
-    temperature: float = option(0.2, "divides the logits")
+    epochs: int = option(None, "passes over the slices", least=1)
+    batch_size: int = option(None, "slices a step", least=2)
+    lr: float = option(None, "learning rate; default 0.03 * batch size / 256", above=0)
+    weight_decay: float = option(None, "of SGD", least=0)
+    embed_dim: int = option(128, "length of an embedding", least=1)
+    queue_size: int = option(None, "keys in the queue; default a quarter of the slices", least=1)
+    momentum: float = option(None, "of the key encoder's moving average", least=0, most=1)
+    temperature: float = option(0.2, "divides the logits", above=0)
     key_norm: str = option(None, "statistics of the keys", choices=("ema", "shuffle"))
     same: str = option(
         None, "whose keys are no negatives of a slice", choices=("slice", "volume", "none")
     )
     local: str = option(None, "local feature learning", choices=("none", "regions", "coordinates"))
-    local_weight: float = option(0.5, "weight of the local loss")
-    regions: int = option(3, "the region grid is regions x regions")
+    local_weight: float = option(0.5, "weight of the local loss", least=0)
+    regions: int = option(3, "the region grid is regions x regions", least=2)
     decorrelation: str = option(
         None, "feature decorrelation", choices=("none", "zca", "iternorm", "covariance")
     )
     whiten_at: str = option(None, "place of zca and iternorm", choices=("pooled", "last-norm"))
-    whiten_group: int | None = option(None, "channels whitened together")
-    whiten_eps: float = option(1e-3, "added to the eigenvalues of zca")
-    iternorm_steps: int = option(5, "Newton-Schulz steps of iternorm")
-    covariance_weight: float = option(0.1, "weight of the covariance penalty")
-    crop_min: float = option(None, "smallest share of the area that a view shows")
+    whiten_group: int | None = option(None, "channels whitened together", least=1)
+    whiten_eps: float = option(1e-3, "added to the eigenvalues of zca", above=0)
+    iternorm_steps: int = option(5, "Newton-Schulz steps of iternorm", least=1)
+    covariance_weight: float = option(0.1, "weight of the covariance penalty", least=0)
+    crop_min: float = option(None, "smallest share of the area that a view shows", above=0, most=1)
     modality: str = option("auto", "intensity scaling", choices=("auto", "ct", "mr"))
     window_low: float = option(-175.0, "lower end of the CT window, HU")
     window_high: float = option(250.0, "upper end of the CT window, HU")
@@ -92,17 +94,17 @@ class PretrainConfig:
         "0 sagittal, 1 coronal, 2 axial; default: coarsest spacing, else axial",
         choices=(0, 1, 2),
     )
-    channel: int = option(0, "channel of 4-D files")
+    channel: int = option(0, "channel of 4-D files", least=0)
     patients: str | None = option(None, "CSV of case,patient or a regular expression with a group")
     exclude: Path | None = option(None, "file of case names to leave out, one a line")
     skip_bad: bool = option(False, "go on without unreadable files and list them")
     cache: Path = option(None, "folder of the slice cache; default beside the output")
-    workers: int = option(None, "loader processes; default 0 on the CPU, else up to 8")
+    workers: int = option(None, "loader processes; default 0 on the CPU, else up to 8", least=0)
     device: str = option(None, "cpu, cuda or cuda:N; default: cuda where there is one")
     amp_dtype: str = option(
         None, "autocast; default bfloat16 on CUDA", choices=("bfloat16", "float32")
     )
-    seed: int = option(0, "of weights, order and views")
+    seed: int = option(0, "of weights, order and views", least=0, most=MAX_SEED)
     resume: bool = option(False, "go on with the run in --output")
     overwrite: bool = option(False, "delete the run in --output first")
 

@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 
 import medmoco
 from medmoco.command import run_command
-from medmoco.config import option, parse
+from medmoco.config import MAX_SEED, option, parse
 from medmoco.data.splits import write_split
 from medmoco.downstream import Segmentation
 from medmoco.errors import UserError
@@ -56,17 +56,19 @@ class SegmentConfig:
         None, "0 sagittal, 1 coronal, 2 axial; default: coarsest spacing, else axial",
         choices=(0, 1, 2),
     )  # fmt: skip
-    channel: int = option(0, "channel of 4-D files")
+    channel: int = option(0, "channel of 4-D files", least=0)
     patients: str | None = option(None, "CSV of case,patient or a regular expression with a group")
     exclude: Path | None = option(None, "file of case names to leave out, one a line")
     skip_bad: bool = option(False, "go on without unreadable files and list them")
     cache: Path | None = option(None, "folder of the slice cache; default beside the output")
-    workers: int | None = option(None, "loader processes; default 0 on the CPU, else up to 8")
+    workers: int | None = option(
+        None, "loader processes; default 0 on the CPU, else up to 8", least=0
+    )
     device: str | None = option(None, "cpu, cuda or cuda:N; default: cuda where there is one")
     amp_dtype: str | None = option(
         None, "autocast on CUDA; default bfloat16", choices=("bfloat16", "float32")
     )
-    seed: int = option(0, "of split, weights, order and augmentation")
+    seed: int = option(0, "of split, weights, order and augmentation", least=0, most=MAX_SEED)
     resume: bool = option(False, "repeat only what the run in --output has not finished")
     overwrite: bool = option(False, "delete the run in --output first")
 

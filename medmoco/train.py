@@ -51,7 +51,9 @@ class TrainConfig(PretrainConfig):
     label_fraction: float = option(
         None, "share of the training patients whose labels are used; default 1"
     )
-    finetune_epochs: int | None = option(None, "epochs of fine-tuning; default as segment's")
+    finetune_epochs: int | None = option(
+        None, "epochs of fine-tuning; default as segment's", least=1
+    )
     controls: bool = option(
         True, "also evaluate a frozen random encoder and a U-Net trained from scratch"
     )
