@@ -168,7 +168,7 @@ def test_every_combination_trains(flags, tmp_path, choice):
         ),
         (["--whiten-group", "3"], "--whiten-group 3: expected a divisor of 64 channels"),
         (["--batch-size", "4"], "--batch-size 4: whitening after pooling needs at least 8"),
-        (["--batch-size", "999"], "--batch-size 999: expected at most the 54 slices"),
+        (["--batch-size", "999"], "--batch-size 999: expected at most the 48 slices"),
         (["--batch-size", "0"], "--batch-size: expected a value of at least 2, got 0"),
         (["--epochs", "-1"], "--epochs: expected a value of at least 1, got -1"),
         (["--image-size", "0"], "--image-size: expected a value of at least 4, got 0"),
