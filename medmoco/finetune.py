@@ -26,12 +26,17 @@ SHIFT = 0.1  # share of the canvas, either way
 Log = Callable[[int, int, float, float], None]  # epoch, step, loss, learning rate
 
 
+def default_epochs(batches: int) -> int:
+    """30 epochs of a small set, about 3000 steps of a larger one, and at least 5 epochs."""
+    return max(5, min(30, round(3000 / batches)))
+
+
 def finetune(
     model: nn.Module,
     dataset: Dataset,
     has_foreground: Tensor,
     *,
-    epochs: int,
+    epochs: int | None,
     batch_size: int,
     lr: float,
     seed: int,
@@ -49,7 +54,7 @@ def finetune(
         model: image (B, 1, S, S) to logits, on `device`.
         dataset: SliceDataset with labels.
         has_foreground: (items,) bool; slices without any are drawn less.
-        epochs: passes over the slices with foreground.
+        epochs: passes over the slices with foreground; None for `default_epochs`.
         batch_size: slices a step.
         lr: peak learning rate.
         seed: of the order of the slices and the augmentation.
@@ -67,6 +72,7 @@ def finetune(
     batches = DataLoader(
         dataset, batch_size, sampler=sampler, num_workers=workers, persistent_workers=workers > 0
     )
+    epochs = epochs or default_epochs(len(batches))
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=WEIGHT_DECAY)
     total = epochs * len(batches)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: warmup_cosine(step, total))

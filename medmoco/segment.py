@@ -36,7 +36,9 @@ class SegmentConfig:
     label_fraction: float = option(1.0, "share of the training patients whose labels are used")
     split: Path | None = option(None, 'JSON file {"pretrain": [], "train": [], "test": []}')
     test_fraction: float = option(0.2, "share of the patients to test on, without --split")
-    epochs: int = option(30, "of fine-tuning: passes over the slices with foreground")
+    epochs: int | None = option(
+        None, "of fine-tuning: passes over the slices with foreground; default 30, less for many"
+    )
     batch_size: int = option(16, "slices a step of fine-tuning")
     lr: float = option(2e-3, "peak learning rate of fine-tuning")
     arch: str | None = option(

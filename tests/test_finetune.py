@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from medmoco.errors import UserError
-from medmoco.finetune import ForegroundSampler, augment, finetune, warmup_cosine
+from medmoco.finetune import ForegroundSampler, augment, default_epochs, finetune, warmup_cosine
 
 
 def generator(seed=0):
@@ -74,3 +74,8 @@ def test_loss_that_is_not_finite_stops_the_training():
             workers=0,
             log=print,
         )
+
+
+@pytest.mark.parametrize(("batches", "epochs"), [(12, 30), (100, 30), (300, 10), (2000, 5)])
+def test_large_sets_get_fewer_epochs(batches, epochs):
+    assert default_epochs(batches) == epochs
