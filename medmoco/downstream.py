@@ -24,10 +24,11 @@ from medmoco.finetune import finetune
 from medmoco.labelled import foreground_slices
 from medmoco.launch import choose_device, choose_workers
 from medmoco.linear import linear_evaluation
+from medmoco.metrics_log import MetricsLog
 from medmoco.models.decoders import UNet
 from medmoco.models.encoder import Encoder
 from medmoco.models.moco import recalibrate_batchnorm
-from medmoco.output import append_jsonl, write_json
+from medmoco.output import write_json
 
 if TYPE_CHECKING:
     from medmoco.segment import SegmentConfig
@@ -99,7 +100,9 @@ class Segmentation:
             return finished
         started = time.monotonic()
         train = {"linear": self._train_linear, "finetune": self._train_unet}[stage]
-        log = functools.partial(self._log, output / "metrics.jsonl", stage, initialisation)
+        metrics = MetricsLog(output / "metrics.jsonl")
+        metrics.forget_training(stage, initialisation)  # of an attempt that was cut short
+        log = functools.partial(self._log, metrics, stage, initialisation)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self.config.seed)
             copied = copy.deepcopy(encoder) if encoder else self._new_encoder()
@@ -183,10 +186,16 @@ class Segmentation:
 
     @staticmethod
     def _log(
-        path: Path, stage: str, encoder: str, epoch: int, step: int, loss: float, lr: float | None
+        metrics: MetricsLog,
+        stage: str,
+        encoder: str,
+        epoch: int,
+        step: int,
+        loss: float,
+        lr: float | None,
     ) -> None:
         record = {"stage": stage, "encoder": encoder, "epoch": epoch, "step": step}
-        append_jsonl(path, record | {"loss": loss, "lr": lr})
+        metrics.write(record | {"loss": loss, "lr": lr})
 
 
 def read_result(path: Path, identity: str) -> dict[str, Any] | None:

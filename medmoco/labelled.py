@@ -79,6 +79,22 @@ def without_bad(split: Split, cache: SliceCache) -> Split:
     return Split(**parts)
 
 
+def pretraining_overlap(cache: SliceCache, split: Split, metadata: dict[str, Any]) -> list[str]:
+    """A warning, as a list of one sentence or none, where the encoder has seen patients to test on.
+
+    Args:
+        metadata: of the encoder's file, whose "patients" are those that it was pretrained on.
+    """
+    tested = {volume.patient for volume in cache.volumes if volume.case in split.test}
+    seen = sorted(tested.intersection(metadata.get("patients", ())))
+    if not seen:
+        return []
+    return [
+        f"{len(seen)} of the {len(tested)} test patients have the name of a patient that the encoder "
+        f"was pretrained on, {seen[0]} for one: their Dice says little about new patients."
+    ]
+
+
 def cache_settings(config: "SegmentConfig", task: Task, metadata: dict[str, Any]) -> CacheSettings:
     """Flags win over the encoder's file, which wins over dataset.json."""
     modality = config.modality

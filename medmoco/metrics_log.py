@@ -3,6 +3,7 @@
 import json
 import math
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +11,6 @@ from torch import Tensor
 
 from medmoco.errors import UserError
 from medmoco.output import append_jsonl, write_text
-
-PRETRAINING_STAGES = ("pretrain", "diagnostics")
 
 
 class MetricsLog:
@@ -47,12 +46,28 @@ class MetricsLog:
     def write(self, record: dict[str, Any]) -> None:
         append_jsonl(self.path, record)
 
-    def forget_after(self, step: int) -> None:
-        """Drops the records of pretraining beyond `step`: a resumed run writes them again."""
+    def forget_after(self, step: int, diagnosed: int) -> None:
+        """Drops what a resumed run writes again: steps beyond `step`, diagnoses beyond that of step
+        `diagnosed`."""
+        last = {"pretrain": step, "diagnostics": diagnosed}
+        self._keep(lambda record: record["step"] <= last.get(record["stage"], math.inf))
+
+    def forget_training(self, stage: str, encoder: str) -> None:
+        """Drops the records of a segmentation model that is trained anew."""
+        self._keep(lambda record: (record["stage"], record.get("encoder")) != (stage, encoder))
+
+    def _keep(self, wanted: Callable[[dict[str, Any]], bool]) -> None:
+        """A line that was cut off by a kill is no record, and goes too."""
         if not self.path.is_file():
             return
-        lines = self.path.read_text("utf-8").splitlines()
-        write_text(self.path, "".join(line + "\n" for line in lines if _is_kept(line, step)))
+        kept = []
+        for line in self.path.read_text("utf-8").splitlines():
+            try:
+                if wanted(json.loads(line)):
+                    kept.append(line + "\n")
+            except (ValueError, KeyError, TypeError):
+                continue
+        write_text(self.path, "".join(kept))
 
 
 class StepClock:
@@ -86,12 +101,3 @@ class StepClock:
 
 def _plain(value: Any) -> Any:
     return value.item() if isinstance(value, Tensor) else value
-
-
-def _is_kept(line: str, step: int) -> bool:
-    """A line that was cut off by a kill is no record, and goes too."""
-    try:
-        record = json.loads(line)
-        return record["stage"] not in PRETRAINING_STAGES or record["step"] <= step
-    except (ValueError, KeyError, TypeError):
-        return False

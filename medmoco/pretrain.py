@@ -183,6 +183,8 @@ class Pretraining:
                         print(f"epoch {self.diagnostics['epoch']}: {self._status()}", flush=True)
                 else:
                     self._train_epoch(bar, stop)
+            if stop.asked:  # after the last step, so that what follows does not keep it waiting
+                raise Stopped(f"saved step {self.step} of {self.total_steps}")
         save_encoder(self.output / "encoder.pt", self.model.query.encoder, **self.metadata())
         return self.diagnostics
 
@@ -336,7 +338,7 @@ class Pretraining:
             UserError: the checkpoint is damaged or belongs to another run.
         """
         if not self.checkpoint.is_file():
-            self.metrics.forget_after(-1)
+            self.metrics.forget_after(-1, -1)
             return
         state = load_checkpoint(self.checkpoint, self._identity())
         self.step, self.losses = state["step"], state["losses"]
@@ -344,7 +346,7 @@ class Pretraining:
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.generator.set_state(state["generator"])
-        self.metrics.forget_after(self.step)
+        self.metrics.forget_after(self.step, self.diagnostics["step"])
 
     def summary(self) -> dict[str, Any]:
         """The part of summary.json that pretraining knows."""
@@ -379,6 +381,7 @@ class Pretraining:
             "modality": self.cache.modality,
             "window": (config.window_low, config.window_high),
             "slice_axis": self.cache.axis,
+            "patients": sorted({volume.patient for volume in self.cache.volumes}),
         }
 
     # --- progress -----------------------------------------------------------------------------

@@ -14,7 +14,7 @@ from medmoco.config import MAX_SEED, option, parse
 from medmoco.data.splits import write_split
 from medmoco.downstream import Segmentation
 from medmoco.errors import UserError
-from medmoco.labelled import image_grid, open_labelled
+from medmoco.labelled import image_grid, open_labelled, pretraining_overlap
 from medmoco.launch import choose_output, create_run
 from medmoco.models.encoder import Encoder, load_encoder
 from medmoco.output import write_json
@@ -165,6 +165,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     started = time.monotonic()
     config, encoder, metadata = with_encoder(choose_output(config, "segment"))
     segmentation = prepare(config, metadata)
+    warnings = pretraining_overlap(segmentation.cache, segmentation.split, metadata)
+    for warning in warnings:
+        print(f"warning: {warning}")
     create_run(config, "segment")
     output = config.output
     assert output is not None
@@ -177,7 +180,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         "classes": list(segmentation.cache.classes),
         **results,
         "bad_files": [dataclasses.asdict(file) for file in segmentation.cache.bad],
-        "warnings": [],
+        "warnings": warnings,
         "seconds": {"segment": round(time.monotonic() - started, 1)},
     }
     write_json(output / "summary.json", summary)

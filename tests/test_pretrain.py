@@ -119,6 +119,25 @@ def test_sigterm_saves_and_resume_ends_with_the_same_weights(
     assert_same_end(unbroken, output)
 
 
+def test_sigterm_while_the_last_epoch_is_diagnosed_is_not_lost(
+    flags, unbroken, tmp_path, monkeypatch
+):
+    output = tmp_path / "stopped"
+    diagnose = pretrain.Pretraining._diagnose
+
+    def terminate_at_end(self):
+        diagnose(self)
+        if self.step == self.total_steps:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(pretrain.Pretraining, "_diagnose", terminate_at_end)
+        assert run_command(pretrain.main, [*flags, "--output", str(output)]) == 0
+    assert not (output / "encoder.pt").exists(), "what follows pretraining was not begun"
+    pretrain.main(["--output", str(output), "--resume"])
+    assert_same_end(unbroken, output)
+
+
 def test_sigkill_and_resume_end_with_the_same_weights(flags, unbroken, tmp_path):
     output = tmp_path / "killed"
     command = [sys.executable, "-m", "medmoco.pretrain", *flags, "--output", str(output)]

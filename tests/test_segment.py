@@ -118,6 +118,9 @@ def test_resume_repeats_only_what_is_missing(finished):
     again = summary_of(finished)
     assert again["controls"] == before["controls"]
     assert again["linear"]["dice_per_volume"] == before["linear"]["dice_per_volume"]
+    lines = (finished / "metrics.jsonl").read_text().splitlines()
+    steps = [(r["stage"], r["encoder"], r["step"]) for r in map(json.loads, lines)]
+    assert len(steps) == len(set(steps)), "a repeated training replaces the records of the first"
 
 
 def test_another_encoder_does_not_get_the_result_of_the_first(finished, tiny_task):
@@ -195,3 +198,17 @@ def test_file_that_is_no_encoder_is_refused_before_anything_is_written(tiny_task
 def test_task_that_is_missing_is_asked_for(tmp_path, capsys):
     assert run_command(main, ["--output", str(tmp_path / "run")]) == 2
     assert "--task: expected the folder of a labelled data set, got none" in capsys.readouterr().err
+
+
+def test_an_encoder_that_has_seen_test_patients_is_warned_of(tiny_task, tmp_path, capsys):
+    torch.manual_seed(0)
+    cases = sorted(path.name.removesuffix(".nii.gz") for path in (tiny_task / "imagesTr").iterdir())
+    encoder = Encoder("resnet18", width=0.125, output_stride=8)
+    for patients, warned in ((cases, True), (["somebody else"], False)):
+        path = tmp_path / f"encoder{warned}.pt"
+        save_encoder(path, encoder, image_size=48, modality="ct", patients=patients)
+        flags = ["--encoder", path, "--mode", "finetune", "--epochs", "1", "--no-controls"]
+        assert segment(tiny_task, tmp_path / f"run{warned}", *flags) == 0
+        message = "2 of the 2 test patients have the name of a patient that the encoder"
+        assert (message in capsys.readouterr().out) == warned
+        assert bool(summary_of(tmp_path / f"run{warned}")["warnings"]) == warned
