@@ -90,8 +90,8 @@ def pretraining_overlap(cache: SliceCache, split: Split, metadata: dict[str, Any
     if not seen:
         return []
     return [
-        f"{len(seen)} of the {len(tested)} test patients have the name of a patient that the encoder "
-        f"was pretrained on, {seen[0]} for one: their Dice says little about new patients."
+        f"{len(seen)} of the {len(tested)} test patients have the name of a patient that the "
+        f"encoder was pretrained on, {seen[0]} for one: their Dice says little about new patients."
     ]
 
 
