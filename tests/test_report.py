@@ -399,6 +399,46 @@ def test_runs_side_by_side_share_their_plots(tmp_path, blank_plots):
     assert "a: from" in alt and "b: from" in alt and "Chance, log(K+1): 6.24" in alt
 
 
+def alt_of(page: str, title: str) -> str:
+    return next(a["alt"] for a in Structure(page).all("img") if title in a["alt"])
+
+
+def test_chance_stands_beside_the_loss_that_it_is_the_chance_of(tmp_path, blank_plots):
+    alt = alt_of(report(make_run(tmp_path / "a")), "Pretraining loss")
+    assert "a: from 2 to 2." in alt, "the global term, not the sum with the local one"
+
+
+def test_spectrum_ends_where_the_samples_do(tmp_path, blank_plots):
+    folder = make_run(tmp_path / "a")
+    lines = (folder / "metrics.jsonl").read_text().splitlines()
+    records = [json.loads(line) for line in lines]
+    for record in records:
+        if record["stage"] == "diagnostics":
+            record["features"] |= {"samples": 4, "spectrum": [0.4, 0.2, 0.1, 1e-12]}
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records))
+    assert "smallest positive 0.1" in alt_of(report(folder), "Eigenvalues of the features")
+
+
+def test_collapse_before_training_is_no_news(tmp_path, blank_plots):
+    folder = make_run(tmp_path / "a")
+    lines = (folder / "metrics.jsonl").read_text().splitlines()
+    for epoch, told in ((0, False), (1, True)):
+        changed = [
+            json.dumps(r | {"warnings": ["flat"]})
+            if (r := json.loads(line))["stage"] == "diagnostics" and r["epoch"] == epoch
+            else line
+            for line in lines
+        ]
+        (folder / "metrics.jsonl").write_text("\n".join(changed) + "\n")
+        assert ("Warnings at earlier epochs: 1." in visible(report(folder))) == told
+        assert "epochs: 0" not in visible(report(folder))
+
+
+def test_commands_break_between_words_alone(tmp_path, blank_plots):
+    page = report(make_run(tmp_path / "a"))
+    assert "<span>python</span> <span>-m</span> <span>medmoco.train</span> <span>--data" in page
+
+
 def test_overlays_embed_each_slice_once(full_page):
     structure = Structure(full_page)
     assert len(structure.all("image")) == 2

@@ -85,7 +85,9 @@ def details(summary: str, *children: object) -> Markup:
 
 
 def command_line(command: str) -> Markup:
-    code = element("code", command)
+    # Lines may break between words alone: a flag broken at its dashes is hard to read.
+    words = [element("span", word) for word in command.split(" ")]
+    code = element("code", Markup(" ".join(words)))
     return element("pre", code, tabindex=0, role="region", aria_label="command")
 
 

@@ -76,14 +76,24 @@ def write_plots(run_dir: Path) -> list[Path]:
 
 
 def _loss_plot(runs: Sequence[Run]) -> Plot | None:
-    curves = _curves(runs, "loss")
-    if not curves:
+    totals = _curves(runs, "loss")
+    if not totals:
         return None
+    # Chance belongs to the global term; the total has the local and decorrelation terms on top.
+    terms = _curves(runs, "loss_global")
+    curves = terms if len(terms) == len(totals) else totals
     chances = sorted({c for run, _, _ in curves for c in _values(run.pretrain, "chance")[-1:]})
+    pairs = zip(totals, curves, strict=True)
+    differs = not all(np.array_equal(total[2], term[2]) for total, term in pairs)
 
     def draw(axes: Axes, theme: Theme) -> None:
         for run, epochs, values in curves:
             axes.plot(epochs, values, color=_colour(theme, runs, run), lw=1.6)
+        if differs:
+            for run, epochs, values in totals:
+                axes.plot(epochs, values, color=_colour(theme, runs, run), lw=1.1, ls=":")
+            axes.plot([], [], color=theme.ink, lw=1.6, label="global")
+            axes.plot([], [], color=theme.ink, lw=1.1, ls=":", label="with all terms")
         for i, chance in enumerate(chances):
             shown = "chance, log(K+1)" if i == 0 else None
             axes.axhline(chance, color=theme.ink, ls=(0, (5, 3)), lw=1.1, label=shown)
@@ -153,7 +163,7 @@ def _spectrum_plot(runs: Sequence[Run], kind: str) -> Plot | None:
         with_spectrum = [
             (record, values)
             for record in run.diagnostics
-            if (values := _positive(part_of(record, kind).get("spectrum"))).size
+            if (values := _spectrum(part_of(record, kind))).size
         ]
         # A run of one epoch has one spectrum, which is then the last.
         curves += [(run, False, *entry) for entry in with_spectrum[:-1][:1]]
@@ -190,11 +200,17 @@ def _values(records: Sequence[Record], key: str) -> list[float]:
     return [value for record in records if (value := finite(record.get(key))) is not None]
 
 
-def _positive(values: object) -> np.ndarray:
-    """Positive eigenvalues in descending order, float64."""
+def _spectrum(diagnosis: Record) -> np.ndarray:
+    """Positive eigenvalues in descending order, float64.
+
+    N samples span at most N - 1 directions; what is left of the others is rounding and would
+    stretch the axis by ten decades.
+    """
+    values, samples = diagnosis.get("spectrum"), finite(diagnosis.get("samples"))
     numbers = values if isinstance(values, list) else []
     kept = [v for v in (finite(value) for value in numbers) if v is not None and v > 0]
-    return np.sort(np.array(kept, dtype=np.float64))[::-1]
+    most = None if samples is None else max(int(samples) - 1, 1)
+    return np.sort(np.array(kept, dtype=np.float64))[::-1][:most]
 
 
 def _steps_an_epoch(run: Run) -> float | None:

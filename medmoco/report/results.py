@@ -31,6 +31,7 @@ from medmoco.report.overlays import group_by_slice, legend, read_overlays, slice
 from medmoco.report.plots import dice_plot
 from medmoco.report.run_folder import OVERLAYS_NAME, Result, Run, finite, part_of
 
+MAX_PAIRED = 4  # classes that fit into half the width of the page
 SHOWN_VOLUMES = 10  # worst ones, before the rest is folded away
 
 
@@ -118,8 +119,11 @@ def volumes_section(runs: Sequence[Run]) -> Markup:
             if result is not None and result.per_volume:
                 title = name if len(runs) == 1 else f"{run.name}: {name.lower()}"
                 parts.append(_volume_tables(title, result))
-    pairs = element("div", *parts, class_="pairs")
-    return section("volumes", "Dice per volume, worst first", pairs) if parts else NOTHING
+    classes = max(
+        (len(result.per_class) for run in runs for result in run.results.values()), default=0
+    )
+    side_by_side = element("div", *parts, class_="pairs" if classes <= MAX_PAIRED else None)
+    return section("volumes", "Dice per volume, worst first", side_by_side) if parts else NOTHING
 
 
 def overlays_section(runs: Sequence[Run]) -> Markup:

@@ -49,6 +49,7 @@ thead th { font-weight: 600; background: var(--raised); vertical-align: bottom; 
 tbody th { font-weight: 500; overflow-wrap: break-word; min-width: 6rem; }
 .numbers td, .numbers thead th:not(:first-child) { text-align: right; }
 .numbers thead th[colspan] { text-align: center; }
+.main thead tr + tr th:first-child { text-align: right; padding-left: .8rem; }
 .words tbody th, .words td { overflow-wrap: anywhere; min-width: 9rem; max-width: 34rem; }
 .main { width: 100%; font-size: 1rem; }
 .main td { font-size: 1.06rem; }
@@ -105,6 +106,7 @@ pre {
   background: var(--raised); border: 1px solid var(--line); border-radius: 6px;
   padding: .7rem .9rem; margin: .4rem 0 1rem; white-space: pre-wrap; overflow-wrap: anywhere;
 }
+pre span { display: inline-block; max-width: 100%; }
 code { font: .9rem/1.5 ui-monospace, SFMono-Regular, Menlo, Consolas, monospace; }
 footer { margin-top: 2.5rem; color: var(--soft); font-size: .86rem; }
 @media (max-width: 560px) {

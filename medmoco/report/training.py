@@ -59,8 +59,9 @@ def _warnings(run: Run, several: bool) -> list[Markup]:
     elif run.diagnostics:
         fine = "none of the three signs of collapse at the last epoch."
         parts.append(note("good", of_run(run.name, several, fine)))
+    # An untrained encoder is expected to look collapsed: epoch 0 is no news.
     earlier = [r for r in run.diagnostics[:-1] if isinstance(r.get("warnings"), list)]
-    epochs = [f"{finite(r['epoch']):g}" for r in earlier if r["warnings"]]
+    epochs = [f"{r['epoch']:g}" for r in earlier if r["warnings"] and finite(r["epoch"])]
     if epochs:
         before = f"warnings at earlier epochs: {', '.join(epochs)}."
         parts.append(element("p", of_run(run.name, several, before), class_="soft"))
