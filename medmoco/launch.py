@@ -48,11 +48,15 @@ def choose_output(config: Config, name: str) -> Config:
     """--output, or runs/<time>-<name>; the cache beside it. Checked, but nothing is written.
 
     Raises:
-        UserError: the folder cannot be used, see `check_output`.
+        UserError: the folder cannot be used, see `check_output`, or the cache would lie in it.
     """
     output = config.output or Path("runs") / f"{time.strftime('%Y%m%d-%H%M%S')}-{name}"
+    if output.name in ("", ".."):  # "." has no parent to put a cache in
+        output = output.resolve()
     check_output(output, resume=config.resume, overwrite=config.overwrite)
     cache = config.cache or output.parent / ".medmoco-cache"
+    if cache.resolve().is_relative_to(output.resolve()):
+        raise UserError(f"--cache {cache}: expected a folder outside of --output {output}")
     return dataclasses.replace(config, output=output, cache=cache)
 
 

@@ -20,18 +20,24 @@ def check_output(folder: Path, *, resume: bool, overwrite: bool) -> None:
 
     Raises:
         UserError: the folder holds files and neither `resume` nor `overwrite` is set, `overwrite`
-            would delete a folder that is not a run, or `resume` finds nothing to resume.
+            would delete a folder that is not a run, `resume` finds nothing to resume, or the folder
+            cannot be read.
     """
     if folder.exists() and not folder.is_dir():
         raise UserError(f"--output {folder}: expected a folder, got a file")
-    occupied = folder.is_dir() and any(folder.iterdir())
-    is_run = (folder / CONFIG_NAME).is_file()
+    try:
+        occupied = folder.is_dir() and any(folder.iterdir())
+    except OSError as error:
+        raise UserError(f"--output {folder}: cannot be read: {error.strerror}") from error
+    is_run = _is_run(folder)
     if resume and not is_run:
-        raise UserError(f"--resume: {folder} holds no {CONFIG_NAME}, so there is no run to resume")
+        raise UserError(
+            f"--resume: {folder} holds no {CONFIG_NAME} of medmoco, so there is no run to resume"
+        )
     if occupied and overwrite and not is_run:
         raise UserError(
-            f"--overwrite: {folder} is not empty and holds no {CONFIG_NAME}, so it is not a run "
-            "of medmoco; choose another --output"
+            f"--overwrite: {folder} is not empty and holds no {CONFIG_NAME} of medmoco, "
+            "so it is not a run; choose another --output"
         )
     if occupied and not (resume or overwrite):
         raise UserError(
@@ -41,13 +47,29 @@ def check_output(folder: Path, *, resume: bool, overwrite: bool) -> None:
 
 
 def prepare_output(folder: Path, *, resume: bool, overwrite: bool) -> Path:
-    """Creates the output folder of a run, emptied if `overwrite`; raises as `check_output`."""
+    """Creates the output folder of a run, emptied if `overwrite`.
+
+    Raises:
+        UserError: as `check_output`, or the folder cannot be made.
+    """
     folder = Path(folder)
     check_output(folder, resume=resume, overwrite=overwrite)
-    if overwrite and not resume and folder.is_dir():
-        shutil.rmtree(folder)
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        if overwrite and not resume and folder.is_dir():
+            shutil.rmtree(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--output {folder}: cannot be made: {error.strerror or error}") from error
     return folder
+
+
+def _is_run(folder: Path) -> bool:
+    """Many programs write a config.json; what they lie beside must not be deleted as a run."""
+    try:
+        content = json.loads((folder / CONFIG_NAME).read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return False
+    return isinstance(content, dict) and "medmoco" in content
 
 
 def write_bytes_atomic(path: Path, content: bytes) -> None:

@@ -23,7 +23,7 @@ from medmoco.output import (
 def run(tmp_path):
     folder = tmp_path / "run"
     folder.mkdir()
-    (folder / "config.json").write_text("{}")
+    (folder / "config.json").write_text('{"medmoco": "0.1.0"}')
     (folder / "encoder.pt").write_bytes(b"weights")
     return folder
 
@@ -64,6 +64,28 @@ def test_overwrite_never_deletes_what_is_no_run(documents):
     with pytest.raises(UserError, match=r"--overwrite: .*holds no config\.json"):
         prepare_output(documents, resume=False, overwrite=True)
     assert (documents / "thesis.tex").is_file()
+
+
+@pytest.mark.parametrize("content", ["{}", "[]", '{"model": "bert"}', "medmoco", "{"])
+def test_overwrite_never_deletes_beside_another_programs_config(documents, content):
+    (documents / "config.json").write_text(content)
+    with pytest.raises(UserError, match="so it is not a run"):
+        prepare_output(documents, resume=False, overwrite=True)
+    assert (documents / "thesis.tex").is_file()
+
+
+def test_folder_that_cannot_be_made_is_named(documents):
+    below_a_file = documents / "thesis.tex" / "run"
+    with pytest.raises(UserError, match=f"--output {below_a_file}: cannot be made: Not a dir"):
+        prepare_output(below_a_file, resume=False, overwrite=False)
+
+
+def test_link_to_a_run_is_not_deleted_as_its_folder(tmp_path, run):
+    link = tmp_path / "link"
+    link.symlink_to(run)
+    with pytest.raises(UserError, match=f"--output {link}: cannot be made: .*symbolic link"):
+        prepare_output(link, resume=False, overwrite=True)
+    assert (run / "encoder.pt").is_file()
 
 
 def test_resume_keeps_the_folder_as_it_is(run):
