@@ -1,11 +1,16 @@
 """The order of slices, and who is held out."""
 
+import multiprocessing
+import subprocess
+import sys
+import time
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 
-from medmoco.data.stream import EpochSampler, hold_out_patients
+from medmoco.data.stream import EpochSampler, hold_out_patients, make_loader
 
 
 def cache_of(slices_per_volume: list[int], volumes_a_patient: int = 1) -> SimpleNamespace:
@@ -78,3 +83,23 @@ def test_many_held_out_slices_are_thinned_evenly():
 def test_a_single_patient_serves_both_ends():
     learned, held = hold_out_patients(cache_of([12]), seed=0)
     assert learned.tolist() == held.tolist() == list(range(12))
+
+
+@pytest.mark.parametrize("name", ["TERM", "USR1"])
+def test_loaders_go_on_when_the_scheduler_asks_every_process_to_stop(name):
+    loader = make_loader(Numbers(), EpochSampler(40, 4, seed=0), 1, torch.device("cpu"))
+    batches = iter(loader)
+    seen = next(batches).tolist()
+    for worker in multiprocessing.active_children():
+        # From another process: PyTorch's own handler lets a parent end its workers.
+        send = f"import os, signal; os.kill({worker.pid}, signal.SIG{name})"
+        subprocess.run([sys.executable, "-c", send], check=True)
+    for batch in batches:
+        seen += batch.tolist()
+    assert sorted(seen) == list(range(40))
+
+
+class Numbers(torch.utils.data.Dataset):
+    def __getitem__(self, item):
+        time.sleep(0.01)
+        return item

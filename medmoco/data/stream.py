@@ -1,6 +1,7 @@
 """The order in which slices are seen: shuffled anew each epoch, resumable at any batch."""
 
 import math
+import signal
 from collections import Counter
 from collections.abc import Iterator
 
@@ -54,7 +55,14 @@ def make_loader(
         num_workers=workers,
         persistent_workers=workers > 0,
         pin_memory=device.type == "cuda",
+        worker_init_fn=_leave_stopping_to_the_trainer,
     )
+
+
+def _leave_stopping_to_the_trainer(worker: int) -> None:
+    """A scheduler tells every process to stop; without its loaders the trainer could not save."""
+    for number in (signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)
 
 
 def hold_out_patients(cache: SliceCache, seed: int) -> tuple[np.ndarray, np.ndarray]:
