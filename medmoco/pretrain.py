@@ -334,6 +334,8 @@ class Pretraining:
     def restore(self) -> None:
         """Goes on from the last checkpoint, or from the beginning where none was written yet.
 
+        Bit for bit on the same kind of device; on another one with other random numbers.
+
         Raises:
             UserError: the checkpoint is damaged or belongs to another run.
         """
@@ -345,7 +347,10 @@ class Pretraining:
         self.diagnostics = state["diagnostics"]
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
-        self.generator.set_state(state["generator"])
+        if len(state["generator"]) == len(self.generator.get_state()):
+            self.generator.set_state(state["generator"])
+        else:  # of another kind of device, whose random numbers are of another kind too
+            self.generator.manual_seed(self.config.seed + self.step)
         self.metrics.forget_after(self.step, self.diagnostics["step"])
 
     def summary(self) -> dict[str, Any]:

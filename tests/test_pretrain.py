@@ -227,6 +227,17 @@ def test_resume_refuses_a_checkpoint_of_another_architecture(unbroken, tmp_path,
     assert "checkpoint of another run: expected arch = 'resnet18', got 'resnet50'" in error
 
 
+def test_a_run_goes_on_from_the_checkpoint_of_another_kind_of_device(unbroken, tmp_path):
+    output = tmp_path / "copy"
+    (output / "checkpoints").mkdir(parents=True)
+    (output / "config.json").write_bytes((unbroken / "config.json").read_bytes())
+    content = torch.load(unbroken / "checkpoints" / "last.pt", weights_only=True)
+    content["state"]["generator"] = torch.zeros(16, dtype=torch.uint8)  # CUDA's: seed and offset
+    torch.save(content, output / "checkpoints" / "last.pt")
+    pretrain.main(["--output", str(output), "--resume"])
+    assert (output / "encoder.pt").is_file()
+
+
 def test_a_finished_run_resumes_to_the_same_result(unbroken):
     before = state(unbroken)
     pretrain.main(["--output", str(unbroken), "--resume"])
