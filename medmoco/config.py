@@ -2,13 +2,15 @@
 
 import argparse
 import dataclasses
+import difflib
+import inspect
 import json
 import math
 import types
 import typing
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 from medmoco.errors import UserError
 
@@ -47,20 +49,41 @@ def parse(cls: type[Config], argv: Sequence[str] | None, *, prog: str, descripti
         UserError: a configuration file is broken, a flag contradicts the run to be resumed, or a
             number is out of range.
     """
-    parser = argparse.ArgumentParser(prog=prog, description=description, allow_abbrev=False)
+    usage = f"{prog} [--flag VALUE ...]"
+    parser = _Parser(prog=prog, usage=usage, description=description, allow_abbrev=False)
     parser.add_argument("--config", type=Path, metavar="FILE", help="config.json of an earlier run")
-    hints = typing.get_type_hints(cls)
-    for field in dataclasses.fields(cls):  # type: ignore[arg-type]
+    hints, own = typing.get_type_hints(cls), inspect.get_annotations(cls)
+    fields = dataclasses.fields(cls)  # type: ignore[arg-type]
+    for field in sorted(fields, key=lambda field: field.name not in own):  # then what is inherited
         _add_flag(parser, field, hints[field.name])
-    given = vars(parser.parse_args(argv))
+    known, unknown = parser.parse_known_args(argv)
+    if unknown:
+        parser.refuse_unknown(unknown, [_flag(field.name) for field in fields])
+    given = vars(known)
     config_file = given.pop("config", None)
     values = read_config(cls, config_file) if config_file else {}
     if given.get("resume"):
         values = _resumed(cls, given)
     values |= given
-    for field in dataclasses.fields(cls):  # type: ignore[arg-type]
+    for field in fields:
         _check_limits(field, values.get(field.name))
     return cls(**values)
+
+
+class _Parser(argparse.ArgumentParser):
+    """Errors in one line: the usage of fifty flags would push them off the screen."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"error: {message} ({self.prog} --help lists the flags)\n")
+
+    def refuse_unknown(self, unknown: list[str], flags: list[str]) -> NoReturn:
+        near = difflib.get_close_matches(unknown[0].partition("=")[0], flags, n=1)
+        meant = f", did you mean {near[0]}?" if near else ""
+        self.error(f"unrecognized arguments: {' '.join(unknown)}{meant}")
+
+
+def _flag(name: str) -> str:
+    return "--" + name.replace("_", "-")
 
 
 def _check_limits(field: dataclasses.Field[Any], value: Any) -> None:
@@ -73,8 +96,7 @@ def _check_limits(field: dataclasses.Field[Any], value: Any) -> None:
         (most, most is None or value <= most, "of at most"),
     ):
         if not kept:
-            flag = "--" + field.name.replace("_", "-")
-            raise UserError(f"{flag}: expected a value {words} {limit}, got {value}")
+            raise UserError(f"{_flag(field.name)}: expected a value {words} {limit}, got {value}")
 
 
 def _resumed(cls: type[Any], given: dict[str, Any]) -> dict[str, Any]:
@@ -87,10 +109,9 @@ def _resumed(cls: type[Any], given: dict[str, Any]) -> dict[str, Any]:
     free = {"output", "resume", *cls.RESUME_MAY_CHANGE}
     for name in given.keys() - free:
         if name in values and values[name] != given[name]:
-            flag = "--" + name.replace("_", "-")
             raise UserError(
-                f"--resume: {path} was started with {flag} {values[name]}, got {given[name]}; "
-                "leave the flag out, or choose another --output"
+                f"--resume: {path} was started with {_flag(name)} {values[name]}, "
+                f"got {given[name]}; leave the flag out, or choose another --output"
             )
     return values
 
@@ -140,7 +161,7 @@ def _checked(path: Path, field: dataclasses.Field[Any], hint: Any, value: Any) -
 
 def _add_flag(parser: argparse.ArgumentParser, field: dataclasses.Field[Any], hint: Any) -> None:
     kind = _unwrap(hint)
-    flag = "--" + field.name.replace("_", "-")
+    flag = _flag(field.name)
     text = field.metadata["help"].replace("%", "%%")
     if field.default is not None and field.default is not False:
         text += f" (default: {field.default})"

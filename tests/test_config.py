@@ -151,6 +151,26 @@ def test_numbers_at_their_limits_are_taken():
     assert read("--crop-min", "1", "--epochs", "1") == Example(crop_min=1.0, epochs=1)
 
 
+def test_mistyped_flag_is_told_in_one_line_with_the_one_that_was_meant(capsys):
+    with pytest.raises(SystemExit):
+        read("--epoch", "3")
+    line = capsys.readouterr().err
+    assert line.count("\n") == 1
+    assert "unrecognized arguments: --epoch 3, did you mean --epochs?" in line
+    assert "--help lists the flags" in line
+
+
+def test_help_shows_the_flags_of_a_command_before_those_that_it_inherits(capsys):
+    @dataclass(frozen=True)
+    class Larger(Example):
+        task: str = option("none", "what this command adds")
+
+    with pytest.raises(SystemExit):
+        parse(Larger, ["--help"], prog="", description="")
+    words = capsys.readouterr().out
+    assert words.index("--task") < words.index("--epochs")
+
+
 def test_help_shows_defaults_and_percent_signs(capsys):
     with pytest.raises(SystemExit):
         read("--help")
