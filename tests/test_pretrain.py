@@ -1,6 +1,7 @@
 """Pretraining: it learns, it resumes bit for bit, and it refuses what cannot work."""
 
 import json
+import math
 import os
 import signal
 import subprocess
@@ -13,7 +14,11 @@ import torch
 
 from medmoco import pretrain
 from medmoco.command import run_command
+from medmoco.config import read_config
+from medmoco.data.stream import EpochSampler, hold_out_patients
+from medmoco.methods import build_model
 from medmoco.models.encoder import load_encoder
+from medmoco.pretrain import PretrainConfig
 
 TINY = ["--width", "0.125", "--image-size", "32", "--output-stride", "8", "--batch-size", "8"]
 
@@ -90,6 +95,39 @@ def test_every_step_and_every_epoch_is_recorded_once(unbroken):
     last = records(unbroken)[-1]
     parts = last["loss_global"] + 0.5 * last["loss_local"]
     assert last["loss"] == pytest.approx(parts, rel=1e-5)
+
+
+def test_training_moves_the_query_branch_and_the_key_branch_after_it(unbroken):
+    config = PretrainConfig(**read_config(PretrainConfig, unbroken / "config.json"))
+    begin, end = build_model(config).state_dict(), state(unbroken)["model"]
+    key, query = (f"{branch}.encoder.conv1.weight" for branch in ("key", "query"))
+    assert 0 < (end[key] - begin[key]).norm() < (end[query] - begin[query]).norm()
+
+
+def test_queue_ends_with_the_keys_of_the_slices_seen_last(unbroken):
+    config = PretrainConfig(**read_config(PretrainConfig, unbroken / "config.json"))
+    cache = pretrain.open_slices(config)
+    learned, _ = hold_out_patients(cache, config.seed)
+    sampler = EpochSampler(len(learned), config.batch_size, config.seed)
+    sampler.start(config.epochs - 1)
+    seen = [int(learned[position]) for batch in sampler for position in batch]
+    ids = state(unbroken)["model"]["queue.ids"].tolist()
+    assert sorted(ids) == sorted(seen[-config.queue_size :])
+
+
+def test_learning_rate_falls_along_a_cosine(unbroken):
+    rates = [record["lr"] for record in records(unbroken)]
+    falling = [(1 + math.cos(math.pi * step / len(rates))) / 2 for step in range(len(rates))]
+    expected = [0.03 * 8 / 256 * share for share in falling]
+    assert rates == pytest.approx(expected)
+
+
+@pytest.mark.parametrize(("same", "expected"), [("volume", range(10)), ("none", [-1])])
+def test_ids_of_the_queue_say_whose_keys_are_no_negatives(flags, tmp_path, same, expected):
+    choice = ["--method", "mocov2", "--same", same, "--epochs", "1", "--queue-size", "40"]
+    pretrain.main([*flags, *choice, "--output", str(tmp_path / "run")])
+    ids = state(tmp_path / "run")["model"]["queue.ids"].unique().tolist()
+    assert set(ids) <= set(expected)
 
 
 def test_same_seed_gives_the_same_weights(flags, unbroken, tmp_path):
