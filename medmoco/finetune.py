@@ -13,6 +13,7 @@ from medmoco.data.views import ViewConfig, change_intensities
 from medmoco.errors import UserError
 from medmoco.evaluate import autocast
 from medmoco.losses import dice_cross_entropy
+from medmoco.signals import leave_stopping_to_the_trainer
 
 EMPTY_SHARE = 1 / 3  # slices without foreground, per slice with foreground
 WEIGHT_DECAY = 1e-2
@@ -70,7 +71,12 @@ def finetune(
     generator = torch.Generator(device).manual_seed(seed)
     sampler = ForegroundSampler(has_foreground, order_generator)
     batches = DataLoader(
-        dataset, batch_size, sampler=sampler, num_workers=workers, persistent_workers=workers > 0
+        dataset,
+        batch_size,
+        sampler=sampler,
+        num_workers=workers,
+        persistent_workers=workers > 0,
+        worker_init_fn=leave_stopping_to_the_trainer,
     )
     epochs = epochs or default_epochs(len(batches))
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=WEIGHT_DECAY)

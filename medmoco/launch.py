@@ -1,6 +1,7 @@
 """From flags to a run that can start: the device, the output folder, config.json."""
 
 import dataclasses
+import json
 import os
 import sys
 import time
@@ -61,7 +62,18 @@ def choose_output(config: Config, name: str) -> Config:
 
 
 def create_run(config: Any, command: str) -> None:
-    """Makes the output folder and writes config.json, from which --resume and --config read."""
+    """Makes the output folder and writes config.json, from which --resume and --config read.
+
+    Raises:
+        UserError: the folder cannot be made, or --resume means a run of another command.
+    """
+    if config.resume:
+        made_by = json.loads((config.output / CONFIG_NAME).read_text("utf-8")).get("command")
+        if made_by != command:
+            raise UserError(
+                f"--resume: expected a run of `medmoco {command}`, got {config.output} "
+                f"of `medmoco {made_by}`"
+            )
     prepare_output(config.output, resume=config.resume, overwrite=config.overwrite)
     if not config.resume:
         # A run is made once: how to treat an existing folder is no part of what it is.

@@ -18,6 +18,7 @@ from medmoco.labelled import image_grid, open_labelled, pretraining_overlap
 from medmoco.launch import choose_output, create_run
 from medmoco.models.encoder import Encoder, load_encoder
 from medmoco.output import write_json
+from medmoco.signals import stopping_at_once
 
 CONTROLS = {"linear": "random", "finetune": "scratch"}
 
@@ -124,14 +125,15 @@ def run_stages(segmentation: Segmentation, encoder: Encoder | None, output: Path
     """
     config = segmentation.config
     results: dict[str, Any] = {"linear": None, "finetune": None, "controls": {}}
-    for stage, control in CONTROLS.items():
-        if config.mode not in (stage, "both"):
-            continue
-        if encoder is not None:
-            results[stage] = segmentation.run(stage, "pretrained", encoder, output)
-        if encoder is None or config.controls:
-            result = segmentation.run(stage, control, None, output)
-            results["controls"][f"{stage}_{control}"] = result
+    with stopping_at_once("in segmentation; finished models are kept"):
+        for stage, control in CONTROLS.items():
+            if config.mode not in (stage, "both"):
+                continue
+            if encoder is not None:
+                results[stage] = segmentation.run(stage, "pretrained", encoder, output)
+            if encoder is None or config.controls:
+                result = segmentation.run(stage, control, None, output)
+                results["controls"][f"{stage}_{control}"] = result
     return results
 
 

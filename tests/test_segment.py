@@ -1,4 +1,6 @@
 import json
+import os
+import signal
 
 import nibabel
 import numpy as np
@@ -7,6 +9,7 @@ import torch
 
 from medmoco.command import run_command
 from medmoco.data.slices import PixelGrid
+from medmoco.downstream import Segmentation
 from medmoco.models.encoder import Encoder, save_encoder
 from medmoco.segment import SegmentConfig, main, prepare
 
@@ -167,6 +170,29 @@ def test_images_take_size_and_spacing_from_the_encoder_and_grow_where_slices_do_
     fine = prepare(config, {"image_size": 32, "spacing": 4.0, "modality": "ct"}).grid
     assert fine.spacing == 4.0 and fine.size > 32 and fine.size % 32 == 0
     assert prepare(config, {"image_size": 128, "spacing": 10.0}).grid == PixelGrid(128, 10.0)
+
+
+def test_sigterm_stops_at_once_with_status_0(tiny_task, tmp_path, monkeypatch, capsys):
+    def terminate(*arguments):
+        os.kill(os.getpid(), signal.SIGTERM)
+        pytest.fail("went on after SIGTERM")
+
+    monkeypatch.setattr(Segmentation, "run", terminate)
+    before = signal.getsignal(signal.SIGTERM)
+    assert segment(tiny_task, tmp_path / "run") == 0
+    assert "--resume goes on from there" in capsys.readouterr().err
+    assert signal.getsignal(signal.SIGTERM) is before
+
+
+def test_run_of_another_command_is_not_resumed(tiny_task, tmp_path, capsys):
+    output = tmp_path / "run"
+    output.mkdir()
+    flags = {"task": str(tiny_task), "width": 0.125, "cache": str(tmp_path / "cache")}
+    config = {"medmoco": "0.1.0", "command": "train", **flags}
+    (output / "config.json").write_text(json.dumps(config))
+    assert run_command(main, ["--output", str(output), "--resume"]) == 2
+    assert "expected a run of `medmoco segment`" in capsys.readouterr().err
+    assert [path.name for path in output.iterdir()] == ["config.json"]
 
 
 @pytest.mark.parametrize("flag", ["--epochs", "--batch-size", "--lr", "--image-size", "--spacing"])

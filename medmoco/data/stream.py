@@ -1,7 +1,6 @@
 """The order in which slices are seen: shuffled anew each epoch, resumable at any batch."""
 
 import math
-import signal
 from collections import Counter
 from collections.abc import Iterator
 
@@ -11,6 +10,7 @@ from torch.utils.data import DataLoader, Sampler
 
 from medmoco.data.slices import SliceDataset
 from medmoco.data.store import SliceCache
+from medmoco.signals import leave_stopping_to_the_trainer
 
 MIN_HELD_OUT_SLICES, MAX_HELD_OUT_SLICES = 256, 4096
 
@@ -55,14 +55,8 @@ def make_loader(
         num_workers=workers,
         persistent_workers=workers > 0,
         pin_memory=device.type == "cuda",
-        worker_init_fn=_leave_stopping_to_the_trainer,
+        worker_init_fn=leave_stopping_to_the_trainer,
     )
-
-
-def _leave_stopping_to_the_trainer(worker: int) -> None:
-    """A scheduler tells every process to stop; without its loaders the trainer could not save."""
-    for number in (signal.SIGTERM, signal.SIGUSR1):
-        signal.signal(number, signal.SIG_IGN)
 
 
 def hold_out_patients(cache: SliceCache, seed: int) -> tuple[np.ndarray, np.ndarray]:
