@@ -1,0 +1,68 @@
+"""What each model of the segmentation starts from."""
+
+import pytest
+import torch
+
+from medmoco import downstream
+from medmoco.models.encoder import Encoder
+from medmoco.segment import SegmentConfig, prepare
+
+
+class Started(Exception):
+    """The training was about to begin with this encoder."""
+
+    def __init__(self, encoder: Encoder):
+        self.weights = {name: value.clone() for name, value in encoder.state_dict().items()}
+
+
+@pytest.fixture
+def weights_at_the_start(tiny_task, tmp_path, monkeypatch):
+    """The encoder's weights when the training of a stage begins, by stage and initialisation."""
+
+    def linear_evaluation(encoder, *args, **kwargs):
+        raise Started(encoder)
+
+    def finetune(model, *args, **kwargs):
+        raise Started(model.encoder)
+
+    monkeypatch.setattr(downstream, "linear_evaluation", linear_evaluation)
+    monkeypatch.setattr(downstream, "finetune", finetune)
+    config = SegmentConfig(
+        task=tiny_task, cache=tmp_path / "cache", arch="resnet18", width=0.125, device="cpu"
+    )
+    segmentation = prepare(config)
+
+    def start(stage: str, initialisation: str, encoder: Encoder | None) -> dict:
+        with pytest.raises(Started) as started:
+            segmentation.run(stage, initialisation, encoder, tmp_path / "run")
+        return started.value.weights
+
+    return start
+
+
+@pytest.mark.parametrize("stage", ["linear", "finetune"])
+def test_pretrained_model_starts_from_the_weights_it_was_given(weights_at_the_start, stage):
+    torch.manual_seed(5)
+    encoder = Encoder("resnet18", width=0.125, output_stride=8)
+    torch.nn.init.normal_(encoder.bn1.running_mean)
+    weights = weights_at_the_start(stage, "pretrained", encoder)
+    for name, value in encoder.state_dict().items():
+        torch.testing.assert_close(weights[name], value, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(("stage", "control"), [("linear", "random"), ("finetune", "scratch")])
+def test_control_starts_from_weights_that_only_the_seed_decides(
+    weights_at_the_start, stage, control
+):
+    torch.manual_seed(5)
+    one = weights_at_the_start(stage, control, None)
+    torch.manual_seed(6)
+    other = weights_at_the_start(stage, control, None)
+    for name, value in one.items():
+        torch.testing.assert_close(other[name], value, rtol=0, atol=0)
+
+
+def test_statistics_of_the_frozen_random_encoder_are_those_of_slices(weights_at_the_start):
+    weights = weights_at_the_start("linear", "random", None)
+    assert weights["bn1.running_mean"].abs().max() > 0
+    assert weights_at_the_start("finetune", "scratch", None)["bn1.running_mean"].abs().max() == 0
