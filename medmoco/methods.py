@@ -11,7 +11,7 @@ from medmoco.data.stream import hold_out_patients
 from medmoco.errors import UserError
 from medmoco.launch import choose_device, choose_workers
 from medmoco.models.encoder import Encoder, default_output_stride
-from medmoco.models.moco import Branch, MoCo
+from medmoco.models.moco import SHUFFLE_SPLIT, Branch, MoCo
 from medmoco.models.whitening import (
     SAMPLES_A_CHANNEL,
     IterNorm,
@@ -111,25 +111,31 @@ def whitening_group(config: "PretrainConfig", channels: int) -> int:
     Raises:
         UserError: the group does not divide the channels, or the batch is too small for it.
     """
-    affordable = config.batch_size // SAMPLES_A_CHANNEL
+    samples, kind = config.batch_size, "slices"
+    if config.whiten_at == "last-norm":
+        together = min(samples, SHUFFLE_SPLIT) if config.key_norm == "shuffle" else samples
+        samples = together * math.ceil(config.image_size / config.output_stride) ** 2
+        kind = "cells of a feature map"
+    affordable = samples // SAMPLES_A_CHANNEL
     if config.whiten_group is None:
         group = 1
         while 2 * group <= min(affordable, MAX_WHITEN_GROUP) and channels % (2 * group) == 0:
             group *= 2
         if group < 2:
             raise UserError(
-                f"--batch-size {config.batch_size}: whitening after pooling needs at least "
-                f"{2 * SAMPLES_A_CHANNEL}; raise it, or choose another --decorrelation"
+                f"--batch-size {config.batch_size}: whitening needs at least "
+                f"{2 * SAMPLES_A_CHANNEL} {kind}, got {samples}; raise it, or choose another "
+                "--decorrelation"
             )
         return group
     group = config.whiten_group
     if group < 1 or channels % group:
         raise UserError(f"--whiten-group {group}: expected a divisor of {channels} channels")
-    if group > affordable and config.whiten_at == "pooled":
+    if group > affordable:
         raise UserError(
             f"--whiten-group {group}: the batch is too small for whitening: expected at least "
-            f"{SAMPLES_A_CHANNEL * group} slices ({SAMPLES_A_CHANNEL} a channel), got "
-            f"--batch-size {config.batch_size}; raise it, or lower --whiten-group"
+            f"{SAMPLES_A_CHANNEL * group} {kind} ({SAMPLES_A_CHANNEL} a channel), got {samples}; "
+            "raise --batch-size, or lower --whiten-group"
         )
     return group
 

@@ -223,8 +223,13 @@ def test_every_combination_trains(flags, tmp_path, choice):
             ["--whiten-group", "4"],
             "--whiten-group 4: the batch is too small for whitening: expected at least 16 slices",
         ),
+        (
+            ["--whiten-group", "64", "--whiten-at", "last-norm", "--image-size", "16"],
+            "--whiten-group 64: the batch is too small for whitening: expected at least 256 cells "
+            "of a feature map (4 a channel), got 32; raise --batch-size",
+        ),
         (["--whiten-group", "3"], "--whiten-group 3: expected a divisor of 64 channels"),
-        (["--batch-size", "4"], "--batch-size 4: whitening after pooling needs at least 8"),
+        (["--batch-size", "4"], "--batch-size 4: whitening needs at least 8 slices, got 4"),
         (["--batch-size", "999"], "--batch-size 999: expected at most the 48 slices"),
         (["--batch-size", "0"], "--batch-size: expected a value of at least 2, got 0"),
         (["--epochs", "-1"], "--epochs: expected a value of at least 1, got -1"),
