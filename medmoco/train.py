@@ -16,6 +16,7 @@ from medmoco.command import run_command
 from medmoco.config import option, parse
 from medmoco.data.phantom import generate_phantom
 from medmoco.data.splits import write_split
+from medmoco.errors import UserError
 from medmoco.labelled import read_split
 from medmoco.launch import choose_output, create_run
 from medmoco.methods import resolve
@@ -98,7 +99,13 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def locate_data(config: TrainConfig) -> TrainConfig:
-    """Where volumes and labels lie: as flags say, the task's own images, or phantoms."""
+    """Where volumes and labels lie: as flags say, the task's own images, or phantoms.
+
+    Raises:
+        UserError: a split of volumes that have no labels.
+    """
+    if config.split is not None and config.task is None:
+        raise UserError(f"--split {config.split}: expected --task with it, got none")
     if config.data is None and config.task is None:
         phantom = generate_phantom(config.output.parent / "phantom")
         flags = {k: v for k, v in PHANTOM_FLAGS.items() if getattr(config, k) is None}

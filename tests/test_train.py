@@ -143,3 +143,18 @@ def test_a_device_that_is_not_there_is_named(tiny_task, tmp_path, capsys, device
     assert run_command(train.main, [*flags, "--device", device]) == 2
     assert "--device" in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
+
+
+def test_split_without_a_task_is_not_passed_over(tiny_task, tmp_path, capsys):
+    flags = [
+        "--data",
+        str(tiny_task),
+        *TINY,
+        "--split",
+        "s.json",
+        "--output",
+        str(tmp_path / "run"),
+    ]
+    assert run_command(train.main, flags) == 2
+    assert "--split s.json: expected --task with it, got none" in capsys.readouterr().err
+    assert not any(tmp_path.iterdir())
