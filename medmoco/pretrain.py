@@ -29,7 +29,7 @@ from medmoco.data.views import View, ViewConfig, sample_views
 from medmoco.diagnostics import collapse_warnings, diagnose
 from medmoco.errors import UserError
 from medmoco.launch import choose_output, create_run
-from medmoco.methods import PRESETS, build_model, resolve
+from medmoco.methods import COMMON, PRESETS, build_model, resolve
 from medmoco.metrics_log import MetricsLog, StepClock
 from medmoco.models.encoder import save_encoder
 from medmoco.models.moco import recalibrate_batchnorm
@@ -54,38 +54,76 @@ class PretrainConfig:
 
     data: Path | None = option(None, "folder of .nii/.nii.gz volumes, searched recursively")
     output: Path = option(None, "folder of the run; default runs/<time>-<method>")
-    method: str = option("medmoco", "preset of the flags below", choices=tuple(PRESETS))
-    arch: str = option(None, "encoder", choices=("resnet18", "resnet34", "resnet50"))
+    method: str = option("medmoco", "preset of other flags", choices=tuple(PRESETS))
+    arch: str = option(
+        None,
+        "encoder; default resnet18 below 50,000 slices, else resnet50",
+        choices=("resnet18", "resnet34", "resnet50"),
+    )
     width: float = option(None, "scales the encoder's channels; default 1")
-    image_size: int = option(None, "pixels of a view, square", least=4)
+    image_size: int = option(
+        None, f"pixels of a view, square; default {COMMON['image_size']}", least=4
+    )
     spacing: float | None = option(
         None, "mm a pixel; default: the set's median, or what fits", above=0
     )
-    output_stride: int = option(None, "input pixels a cell", choices=(4, 8, 16, 32))
-    epochs: int = option(None, "passes over the slices", least=1)
-    batch_size: int = option(None, "slices a step", least=2)
-    lr: float = option(None, "learning rate; default 0.03 * batch size / 256", above=0)
-    weight_decay: float = option(None, "of SGD", least=0)
-    embed_dim: int = option(128, "length of an embedding", least=1)
-    queue_size: int = option(None, "keys in the queue; default a quarter of the slices", least=1)
-    momentum: float = option(None, "of the key encoder's moving average", least=0, most=1)
-    temperature: float = option(0.2, "divides the logits", above=0)
-    key_norm: str = option(None, "statistics of the keys", choices=("ema", "shuffle"))
-    same: str = option(
-        None, "whose keys are no negatives of a slice", choices=("slice", "volume", "none")
+    output_stride: int = option(
+        None,
+        "input pixels a cell; default 4 up to 96 pixels, 8 up to 256, else 16",
+        choices=(4, 8, 16, 32),
     )
-    local: str = option(None, "local feature learning", choices=("none", "regions", "coordinates"))
+    epochs: int = option(None, f"passes over the slices; default {COMMON['epochs']}", least=1)
+    batch_size: int = option(None, "slices a step; default up to 256, by their number", least=2)
+    lr: float = option(None, "learning rate; default 0.03 * batch size / 256", above=0)
+    weight_decay: float = option(None, f"of SGD; default {COMMON['weight_decay']}", least=0)
+    embed_dim: int = option(128, "length of an embedding", least=1)
+    queue_size: int = option(
+        None, "keys in the queue; default a quarter of the slices, up to 65536", least=1
+    )
+    momentum: float = option(
+        None,
+        "of the key encoder's moving average; default 0.99 below 20,000 steps, else 0.999",
+        least=0,
+        most=1,
+    )
+    temperature: float = option(0.2, "divides the logits", above=0)
+    key_norm: str = option(
+        None, f"statistics of the keys; default {COMMON['key_norm']}", choices=("ema", "shuffle")
+    )
+    same: str = option(
+        None,
+        f"whose keys are no negatives of a slice; default {COMMON['same']}",
+        choices=("slice", "volume", "none"),
+    )
+    local: str = option(
+        None,
+        "local feature learning; default the method's",
+        choices=("none", "regions", "coordinates"),
+    )
     local_weight: float = option(0.5, "weight of the local loss", least=0)
     regions: int = option(3, "the region grid is regions x regions", least=2)
     decorrelation: str = option(
-        None, "feature decorrelation", choices=("none", "zca", "iternorm", "covariance")
+        None,
+        "feature decorrelation; default the method's",
+        choices=("none", "zca", "iternorm", "covariance"),
     )
-    whiten_at: str = option(None, "place of zca and iternorm", choices=("pooled", "last-norm"))
-    whiten_group: int | None = option(None, "channels whitened together", least=1)
+    whiten_at: str = option(
+        None,
+        f"place of zca and iternorm; default {COMMON['whiten_at']}",
+        choices=("pooled", "last-norm"),
+    )
+    whiten_group: int | None = option(
+        None, "channels whitened together; default up to 64, as the batch allows", least=1
+    )
     whiten_eps: float = option(1e-3, "added to the eigenvalues of zca", above=0)
     iternorm_steps: int = option(5, "Newton-Schulz steps of iternorm", least=1)
     covariance_weight: float = option(0.1, "weight of the covariance penalty", least=0)
-    crop_min: float = option(None, "smallest share of the area that a view shows", above=0, most=1)
+    crop_min: float = option(
+        None,
+        f"smallest share of the area that a view shows; default {COMMON['crop_min']}",
+        above=0,
+        most=1,
+    )
     modality: str = option("auto", "intensity scaling", choices=("auto", "ct", "mr"))
     window_low: float = option(-175.0, "lower end of the CT window, HU")
     window_high: float = option(250.0, "upper end of the CT window, HU")
