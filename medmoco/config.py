@@ -126,7 +126,8 @@ def read_config(cls: type[Any], path: Path) -> dict[str, Any]:
     """The fields of `cls` that a config.json sets; what belongs to other commands is passed over.
 
     Raises:
-        UserError: the file cannot be read, is no JSON object, or a value has the wrong type.
+        UserError: the file cannot be read, is no JSON object, a value has the wrong type, or it is
+            of a command that `cls` names in `OTHER_MEANING_IN`.
     """
     try:
         values = json.loads(Path(path).read_text(encoding="utf-8"))
@@ -134,6 +135,11 @@ def read_config(cls: type[Any], path: Path) -> dict[str, Any]:
         raise UserError(f"{path}: expected a readable JSON file: {error}") from error
     if not isinstance(values, dict):
         raise UserError(f"{path}: expected a JSON object, got {type(values).__name__}")
+    command = values.get("command")
+    if command in getattr(cls, "OTHER_MEANING_IN", ()):
+        raise UserError(
+            f"{path}: the flags of `medmoco {command}` have other meanings here, such as --epochs"
+        )
     hints = typing.get_type_hints(cls)
     return {
         field.name: _checked(path, field, hints[field.name], values[field.name])

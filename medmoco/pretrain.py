@@ -149,6 +149,7 @@ class PretrainConfig:
     RESUME_MAY_CHANGE: ClassVar[frozenset[str]] = frozenset(
         {"device", "workers", "cache", "overwrite"}
     )
+    OTHER_MEANING_IN: ClassVar[frozenset[str]] = frozenset({"segment"})
 
 
 class Pretraining:

@@ -78,6 +78,7 @@ class SegmentConfig:
     RESUME_MAY_CHANGE: ClassVar[frozenset[str]] = frozenset(
         {"device", "workers", "cache", "overwrite"}
     )
+    OTHER_MEANING_IN: ClassVar[frozenset[str]] = frozenset({"pretrain", "train"})
 
 
 def prepare(config: SegmentConfig, metadata: dict[str, Any] | None = None) -> Segmentation:

@@ -258,6 +258,15 @@ def test_resume_refuses_another_method(unbroken, capsys):
     assert "was started with --method medmoco, got mocov2" in capsys.readouterr().err
 
 
+def test_resume_refuses_the_run_of_another_command(unbroken, tmp_path, capsys):
+    output = tmp_path / "copy"
+    output.mkdir()
+    config = json.loads((unbroken / "config.json").read_text()) | {"command": "train"}
+    (output / "config.json").write_text(json.dumps(config))
+    assert run_command(pretrain.main, ["--output", str(output), "--resume"]) == 2
+    assert "expected a run of `medmoco pretrain`" in capsys.readouterr().err
+
+
 def test_resume_refuses_a_checkpoint_of_another_architecture(unbroken, tmp_path, capsys):
     output = tmp_path / "copy"
     (output / "checkpoints").mkdir(parents=True)

@@ -184,14 +184,16 @@ def test_sigterm_stops_at_once_with_status_0(tiny_task, tmp_path, monkeypatch, c
     assert signal.getsignal(signal.SIGTERM) is before
 
 
-def test_run_of_another_command_is_not_resumed(tiny_task, tmp_path, capsys):
+def test_flags_of_pretraining_are_not_taken_for_those_of_fine_tuning(tiny_task, tmp_path, capsys):
     output = tmp_path / "run"
     output.mkdir()
-    flags = {"task": str(tiny_task), "width": 0.125, "cache": str(tmp_path / "cache")}
-    config = {"medmoco": "0.1.0", "command": "train", **flags}
-    (output / "config.json").write_text(json.dumps(config))
-    assert run_command(main, ["--output", str(output), "--resume"]) == 2
-    assert "expected a run of `medmoco segment`" in capsys.readouterr().err
+    config = {"medmoco": "0.1.0", "command": "train", "task": str(tiny_task), "lr": 0.03}
+    path = output / "config.json"
+    path.write_text(json.dumps(config))
+    for flags in (["--resume"], ["--config", str(path)]):
+        assert run_command(main, ["--output", str(output), *flags]) == 2
+        message = f"{path}: the flags of `medmoco train` have other meanings here"
+        assert message in capsys.readouterr().err
     assert [path.name for path in output.iterdir()] == ["config.json"]
 
 
