@@ -213,7 +213,7 @@ class Pretraining:
         with StopRequest() as stop, self._progress_bar() as bar:
             if not self.diagnostics:
                 bar.set_postfix_str(f"filling the queue with {self.config.queue_size:,} keys")
-                self._start()
+                self._start(stop)
             while self._diagnosis_due() or self.step < self.total_steps:
                 if self._diagnosis_due():  # also where a run was stopped right before it
                     self._diagnose()
@@ -293,17 +293,17 @@ class Pretraining:
 
     # --- before the first step --------------------------------------------------------------
 
-    def _start(self) -> None:
+    def _start(self, stop: StopRequest) -> None:
         """Calibrates the normalisations, fills the queues, looks at the untrained encoder."""
         self.model.train()
         batches = itertools.islice(self._endless_batches(), CALIBRATION_BATCHES)
         recalibrate_batchnorm(self.model.query, (self._views(b)[0].image for b in batches))
         self.model.synchronise_key()
-        self._fill_queues()
+        self._fill_queues(stop)
         self._diagnose()
         self.save()
 
-    def _fill_queues(self) -> None:
+    def _fill_queues(self, stop: StopRequest) -> None:
         """Keys of real slices in every place, so that the first loss means something."""
         filled = 0
         for batch in self._endless_batches():
@@ -314,6 +314,8 @@ class Pretraining:
             filled += len(ids)
             if filled >= self.config.queue_size:
                 return
+            if stop.asked:  # nothing is learned yet, so there is nothing to save
+                raise Stopped("stopped before the first step")
 
     def _endless_batches(self) -> Iterator[dict[str, Tensor]]:
         """Batches in the orders of epochs that the training does not reach."""

@@ -176,6 +176,24 @@ def test_sigterm_while_the_last_epoch_is_diagnosed_is_not_lost(
     assert_same_end(unbroken, output)
 
 
+def test_sigterm_while_the_queue_is_filled_does_not_wait_for_it(
+    flags, unbroken, tmp_path, monkeypatch
+):
+    output = tmp_path / "stopped"
+    ids = pretrain.Pretraining._ids
+
+    def terminate_at_first_keys(self, index):
+        os.kill(os.getpid(), signal.SIGTERM)
+        return ids(self, index)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(pretrain.Pretraining, "_ids", terminate_at_first_keys)
+        assert run_command(pretrain.main, [*flags, "--output", str(output)]) == 0
+    assert not (output / "checkpoints").exists()
+    pretrain.main(["--output", str(output), "--resume"])
+    assert_same_end(unbroken, output)
+
+
 def test_sigkill_and_resume_end_with_the_same_weights(flags, unbroken, tmp_path):
     output = tmp_path / "killed"
     command = [sys.executable, "-m", "medmoco.pretrain", *flags, "--output", str(output)]
