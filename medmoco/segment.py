@@ -12,7 +12,7 @@ import medmoco
 from medmoco.command import run_command
 from medmoco.config import MAX_SEED, option, parse
 from medmoco.data.splits import write_split
-from medmoco.downstream import Segmentation
+from medmoco.downstream import Segmentation, unet_stride
 from medmoco.errors import UserError
 from medmoco.labelled import image_grid, open_labelled, pretraining_overlap
 from medmoco.launch import choose_output, create_run
@@ -97,7 +97,14 @@ def prepare(config: SegmentConfig, metadata: dict[str, Any] | None = None) -> Se
         if value is not None and not value > 0:
             raise UserError(f"--{name.replace('_', '-')}: expected a value above 0, got {value}")
     cache, split = open_labelled(config, metadata)
-    return Segmentation(config, cache, split, image_grid(cache, config, metadata))
+    grid = image_grid(cache, config, metadata)
+    stride = config.output_stride or unet_stride(grid.size)
+    if config.mode != "linear" and grid.size <= stride:
+        raise UserError(
+            f"--image-size {grid.size}: expected more than the {stride} pixels of a cell of the "
+            "U-Net's deepest map (--output-stride), for a single cell has no statistics"
+        )
+    return Segmentation(config, cache, split, grid)
 
 
 def with_encoder(config: SegmentConfig) -> tuple[SegmentConfig, Encoder | None, dict[str, Any]]:

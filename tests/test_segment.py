@@ -203,6 +203,13 @@ def test_flag_that_must_be_positive_is_named(flag, tiny_task, tmp_path, capsys):
     assert f"{flag}: expected a value above 0, got 0" in message
 
 
+def test_map_of_a_single_cell_is_refused(tiny_task, tmp_path, capsys):
+    flags = ("--image-size", "32", "--output-stride", "32")
+    message = fails(capsys, tiny_task, tmp_path / "run", *flags)
+    assert "--image-size 32: expected more than the 32 pixels of a cell" in message
+    assert not (tmp_path / "run").exists()
+
+
 def test_folder_without_a_task_is_refused(tmp_path, capsys):
     message = fails(capsys, tmp_path / "nothing", tmp_path / "run")
     assert "nothing: expected the folder of a labelled data set, got no folder" in message
