@@ -1,11 +1,13 @@
 """The main job end to end on small phantoms, and the commands around it."""
 
 import json
+import os
 import shutil
 import subprocess
 import sys
 
 import pytest
+import torch
 
 from medmoco import train
 from medmoco.command import run_command
@@ -21,8 +23,14 @@ def run(tiny_task, tmp_path_factory):
     """A run of the main job on the tiny task, and what it printed."""
     folder = tmp_path_factory.mktemp("train")
     command = [sys.executable, "-m", "medmoco.train", "--task", str(tiny_task), *TINY]
+    # As many threads as this process has, which repeats the run: the number decides the last bits.
+    environment = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}
     done = subprocess.run(
-        [*command, "--output", str(folder / "run")], capture_output=True, text=True, check=True
+        [*command, "--output", str(folder / "run")],
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=True,
     )
     return folder / "run", done.stdout
 
@@ -158,3 +166,12 @@ def test_split_without_a_task_is_not_passed_over(tiny_task, tmp_path, capsys):
     assert run_command(train.main, flags) == 2
     assert "--split s.json: expected --task with it, got none" in capsys.readouterr().err
     assert not any(tmp_path.iterdir())
+
+
+def test_flags_win_over_what_the_phantom_run_would_choose(tmp_path, monkeypatch):
+    monkeypatch.setattr(train, "generate_phantom", lambda folder: folder)
+    flags = ["--width", "0.5", "--output", str(tmp_path / "run")]
+    asked = parse(train.TrainConfig, flags, prog="", description="")
+    located = train.locate_data(asked)
+    assert located.task == located.data == tmp_path / "phantom"
+    assert (located.width, located.image_size) == (0.5, train.PHANTOM_FLAGS["image_size"])
