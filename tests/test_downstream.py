@@ -1,4 +1,4 @@
-"""What each model of the segmentation starts from."""
+"""What each model of the segmentation starts from, and how it is tested."""
 
 import pytest
 import torch
@@ -16,7 +16,20 @@ class Started(Exception):
 
 
 @pytest.fixture
-def weights_at_the_start(tiny_task, tmp_path, monkeypatch):
+def segmentation(tiny_task, tmp_path):
+    config = SegmentConfig(
+        task=tiny_task,
+        cache=tmp_path / "cache",
+        arch="resnet18",
+        width=0.125,
+        epochs=1,
+        device="cpu",
+    )
+    return prepare(config)
+
+
+@pytest.fixture
+def weights_at_the_start(segmentation, tmp_path, monkeypatch):
     """The encoder's weights when the training of a stage begins, by stage and initialisation."""
 
     def linear_evaluation(encoder, *args, **kwargs):
@@ -27,10 +40,6 @@ def weights_at_the_start(tiny_task, tmp_path, monkeypatch):
 
     monkeypatch.setattr(downstream, "linear_evaluation", linear_evaluation)
     monkeypatch.setattr(downstream, "finetune", finetune)
-    config = SegmentConfig(
-        task=tiny_task, cache=tmp_path / "cache", arch="resnet18", width=0.125, device="cpu"
-    )
-    segmentation = prepare(config)
 
     def start(stage: str, initialisation: str, encoder: Encoder | None) -> dict:
         with pytest.raises(Started) as started:
@@ -66,3 +75,18 @@ def test_statistics_of_the_frozen_random_encoder_are_those_of_slices(weights_at_
     weights = weights_at_the_start("linear", "random", None)
     assert weights["bn1.running_mean"].abs().max() > 0
     assert weights_at_the_start("finetune", "scratch", None)["bn1.running_mean"].abs().max() == 0
+
+
+@pytest.mark.parametrize(("stage", "control"), [("linear", "random"), ("finetune", "scratch")])
+def test_models_are_tested_in_eval_mode(segmentation, tmp_path, monkeypatch, stage, control):
+    class Tested(Exception):
+        """The model was about to be tested."""
+
+    def evaluate(model, *args, **kwargs):
+        assert not any(module.training for module in model.modules())
+        raise Tested
+
+    monkeypatch.setattr(downstream, "evaluate", evaluate)
+    monkeypatch.setattr("medmoco.linear.MAX_PIXELS", 2**9)
+    with pytest.raises(Tested):
+        segmentation.run(stage, control, None, tmp_path)

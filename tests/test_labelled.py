@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from medmoco.data.task import Task
-from medmoco.labelled import cache_settings
+from medmoco.labelled import cache_settings, read_split
 from medmoco.segment import SegmentConfig
 
 TASK = Task(Path("task"), (), ("background", "liver"), (0, 1), "ct")
@@ -25,3 +25,11 @@ def test_without_an_encoder_the_task_decides():
     settings = cache_settings(SegmentConfig(), TASK, {})
     assert (settings.modality, settings.window) == ("ct", (-175.0, 250.0))
     assert settings.slice_axis is None
+
+
+def test_label_fraction_shrinks_the_training_set_alone(tiny_task):
+    whole = read_split(SegmentConfig(task=tiny_task))[1]
+    half = read_split(SegmentConfig(task=tiny_task, label_fraction=0.5))[1]
+    assert (len(whole.train), len(half.train)) == (8, 4)
+    assert set(half.train) < set(whole.train)
+    assert (half.pretrain, half.test) == (whole.pretrain, whole.test)
