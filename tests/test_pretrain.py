@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -268,6 +269,17 @@ def test_what_cannot_work_is_refused_before_anything_is_written(
     assert run_command(pretrain.main, [*flags, *choice, "--output", str(output)]) == 2
     assert message in capsys.readouterr().err
     assert not output.exists()
+
+
+def test_skipped_files_are_listed_in_the_summary(tiny_task, flags, tmp_path):
+    folder = tmp_path / "volumes"
+    shutil.copytree(tiny_task / "imagesTr", folder)
+    (folder / "broken.nii.gz").write_bytes(b"not a volume")
+    choice = ["--method", "mocov2", "--epochs", "1", "--skip-bad", "--data", str(folder)]
+    pretrain.main([*flags, *choice, "--output", str(tmp_path / "run")])
+    (bad,) = json.loads((tmp_path / "run" / "summary.json").read_text())["bad_files"]
+    assert bad["path"] == str(folder / "broken.nii.gz")
+    assert bad["reason"].startswith("expected a gzip stream")
 
 
 def test_resume_refuses_another_method(unbroken, capsys):
