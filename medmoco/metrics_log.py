@@ -37,8 +37,8 @@ class MetricsLog:
         for record in records:
             if not math.isfinite(record["loss"]):
                 raise UserError(
-                    f"the loss is {record['loss']} at step {record['step']}: lower --lr, or use "
-                    "--amp-dtype float32; --resume goes on from the last checkpoint"
+                    f"the loss is {record['loss']} at step {record['step']}: start again with a "
+                    "lower --lr, or with --amp-dtype float32"
                 )
             append_jsonl(self.path, record)
         return records
