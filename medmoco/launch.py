@@ -49,8 +49,10 @@ def choose_output(config: Config, name: str) -> Config:
     """--output, or runs/<time>-<name>; the cache beside it. Checked, but nothing is written.
 
     Raises:
-        UserError: the folder cannot be used, see `check_output`, or the cache would lie in it.
+        UserError: the folder cannot be used, see `check_output`, or the cache would lie in it; or
+            there is no --device, which is better known before volumes are read.
     """
+    choose_device(config.device)
     output = config.output or Path("runs") / f"{time.strftime('%Y%m%d-%H%M%S')}-{name}"
     if output.name in ("", ".."):  # "." has no parent to put a cache in
         output = output.resolve()

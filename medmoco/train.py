@@ -22,7 +22,8 @@ from medmoco.launch import choose_output, create_run
 from medmoco.methods import resolve
 from medmoco.models.encoder import load_encoder
 from medmoco.output import write_json
-from medmoco.pretrain import PretrainConfig, Pretraining, open_slices
+from medmoco.pretrain import PretrainConfig, open_slices
+from medmoco.pretraining import Pretraining
 from medmoco.report import next_command, read_run, write_plots, write_report
 from medmoco.segment import SegmentConfig, dice_table, prepare, run_stages
 

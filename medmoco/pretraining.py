@@ -1,0 +1,368 @@
+"""The pretraining loop: calibrate, fill the queue, then steps, diagnoses and checkpoints."""
+
+import dataclasses
+import itertools
+import math
+import sys
+import time
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader
+from tqdm import tqdm
+
+import medmoco
+from medmoco.checkpoint import load_checkpoint, save_checkpoint
+from medmoco.data.slices import PixelGrid, SliceDataset, choose_grid
+from medmoco.data.store import SliceCache
+from medmoco.data.stream import EpochSampler, hold_out_patients, make_loader
+from medmoco.data.views import View, ViewConfig, sample_views
+from medmoco.diagnostics import collapse_warnings, diagnose
+from medmoco.methods import build_model
+from medmoco.metrics_log import MetricsLog, StepClock
+from medmoco.models.encoder import save_encoder
+from medmoco.models.moco import recalibrate_batchnorm
+from medmoco.signals import Stopped, StopRequest
+
+if TYPE_CHECKING:
+    from medmoco.pretrain import PretrainConfig
+
+CALIBRATION_BATCHES = 8  # before the queue is filled, so that the first keys are normalised
+LOG_EVERY = 10  # steps between two readings of the losses, each of which waits for the device
+CHECKPOINT_SECONDS = 600
+OVERSAMPLING = 1.5  # finer pixels than the image's are kept up to here, for crops that zoom in
+# A checkpoint goes on only where these agree: they shape the model, or the road that it takes.
+IDENTITY = (
+    *("method", "arch", "width", "image_size", "output_stride", "embed_dim", "queue_size"),
+    *("local", "decorrelation", "key_norm", "batch_size", "epochs", "seed"),
+)
+
+
+class Pretraining:
+    """One pretraining run: its state, and how to go on from it.
+
+    Args:
+        config: resolved: no flag is left for the method or the data to decide.
+        cache: the slices; patients held out for the diagnostics are chosen among them.
+
+    Raises:
+        UserError: flags contradict each other, or the data is too small for them.
+    """
+
+    def __init__(self, config: "PretrainConfig", cache: SliceCache) -> None:
+        self.config = config
+        self.cache = cache
+        self.output = output = config.output
+        self.device = torch.device(config.device)
+        self.model = build_model(config).to(self.device)
+        if self.device.type == "cuda":
+            self.model = self.model.to(memory_format=torch.channels_last)
+        self.generator = torch.Generator(self.device).manual_seed(config.seed)
+        learned, held_out = hold_out_patients(cache, config.seed)
+        self.grid = choose_grid(cache, config.image_size, config.spacing)
+        canvas = oversampled(self.grid, cache)
+        self.views = ViewConfig(size=config.image_size, crop_scale=(config.crop_min, 1.0))
+        self.held_out_slices = len(held_out)
+        dataset = SliceDataset(cache, learned, canvas)
+        self.sampler = EpochSampler(len(learned), config.batch_size, config.seed)
+        self.loader = make_loader(dataset, self.sampler, config.workers, self.device)
+        self.held_out = DataLoader(SliceDataset(cache, held_out, self.grid), config.batch_size)
+        self.slice_volume = torch.from_numpy(cache.slice_volume.astype(np.int64))
+        self.optimizer = torch.optim.SGD(
+            self.model.query.parameters(),
+            lr=config.lr,
+            momentum=0.9,
+            weight_decay=config.weight_decay,
+        )
+        self.total_steps = config.epochs * self.sampler.batches
+        self.step = 0  # steps taken
+        self.checkpoint = output / "checkpoints" / "last.pt"
+        self.metrics = MetricsLog(output / "metrics.jsonl")
+        self.chance = math.log(config.queue_size + 1)  # the loss of guessing, in nats
+        self.losses = [0.0, 0]  # global losses of the epoch so far: their sum and number
+        self.diagnostics: dict[str, Any] = {}
+        self.last: dict[str, Any] = {}  # record that was read back from the device
+
+    # --- the loop ---------------------------------------------------------------------------
+
+    def run(self) -> dict[str, Any]:
+        """Trains to the end and writes encoder.pt.
+
+        Returns:
+            The last diagnostics, as in metrics.jsonl.
+
+        Raises:
+            Stopped: a signal asked for it; the state is saved.
+            UserError: the loss is not finite.
+        """
+        if self.config.resume:
+            self.restore()
+        print(self._introduction(), flush=True)
+        with StopRequest() as stop, self._progress_bar() as bar:
+            if not self.diagnostics:
+                bar.set_postfix_str(f"filling the queue with {self.config.queue_size:,} keys")
+                self._start(stop)
+            while self._diagnosis_due() or self.step < self.total_steps:
+                if self._diagnosis_due():  # also where a run was stopped right before it
+                    self._diagnose()
+                    self.save()
+                    if bar.disable and self.last:  # no terminal: a line an epoch for the log
+                        print(f"epoch {self.diagnostics['epoch']}: {self._status()}", flush=True)
+                else:
+                    self._train_epoch(bar, stop)
+            if stop.asked:  # after the last step, so that what follows does not keep it waiting
+                raise Stopped(f"saved step {self.step} of {self.total_steps}")
+        save_encoder(self.output / "encoder.pt", self.model.query.encoder, **self.metadata())
+        return self.diagnostics
+
+    def _train_epoch(self, bar: tqdm, stop: StopRequest) -> None:
+        epoch, first = divmod(self.step, self.sampler.batches)
+        if first == 0:
+            self.losses = [0.0, 0]
+        self.sampler.start(epoch, first)
+        self.model.train()
+        clock = StepClock()
+        saved = time.monotonic()
+        for batch in self.loader:
+            clock.data_ready()
+            self.metrics.hold(self._train_step(batch))
+            clock.step_done(self.config.batch_size)
+            bar.update()
+            due = stop.asked or time.monotonic() - saved > CHECKPOINT_SECONDS
+            if due or self.step % LOG_EVERY == 0 or self.step % self.sampler.batches == 0:
+                self._log(bar, clock)
+            if due:
+                self.save()
+                saved = time.monotonic()
+            if stop.asked:
+                raise Stopped(f"saved step {self.step} of {self.total_steps}")
+
+    def _train_step(self, batch: dict[str, Tensor]) -> dict[str, Any]:
+        lr = 0.5 * self.config.lr * (1 + math.cos(math.pi * self.step / self.total_steps))
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        self.model.update_key()
+        query_view, key_view = self._views(batch)
+        ids = self._ids(batch["index"])
+        with self._autocast():
+            losses, key = self.model(query_view, key_view, ids, self.generator)
+        self.optimizer.zero_grad(set_to_none=True)
+        losses.total.backward()
+        self.optimizer.step()
+        self.model.enqueue(key, ids, self.generator)
+        self.step += 1
+        record = {
+            "stage": "pretrain",
+            "epoch": math.ceil(self.step / self.sampler.batches),
+            "step": self.step,
+            "lr": lr,
+            "chance": self.chance,
+        }
+        return record | losses.as_dict()
+
+    # --- what a step needs ------------------------------------------------------------------
+
+    def _views(self, batch: dict[str, Tensor]) -> tuple[View, View]:
+        canvas = batch["image"].to(self.device, non_blocking=True)
+        extent = batch["extent"].to(self.device, non_blocking=True)
+        return sample_views(canvas, extent, self.views, self.generator)
+
+    def _ids(self, index: Tensor) -> Tensor:
+        """Keys of equal id are no negatives of each other; -1 is nobody's equal."""
+        if self.config.same == "volume":
+            index = self.slice_volume[index]
+        elif self.config.same == "none":
+            index = torch.full_like(index, -1)
+        return index.to(self.device, non_blocking=True)
+
+    def _autocast(self) -> torch.autocast:
+        enabled = self.config.amp_dtype == "bfloat16"
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=enabled)
+
+    # --- before the first step --------------------------------------------------------------
+
+    def _start(self, stop: StopRequest) -> None:
+        """Calibrates the normalisations, fills the queues, looks at the untrained encoder."""
+        self.model.train()
+        batches = itertools.islice(self._endless_batches(), CALIBRATION_BATCHES)
+        recalibrate_batchnorm(self.model.query, (self._views(b)[0].image for b in batches))
+        self.model.synchronise_key()
+        self._fill_queues(stop)
+        self._diagnose()
+        self.save()
+
+    def _fill_queues(self, stop: StopRequest) -> None:
+        """Keys of real slices in every place, so that the first loss means something."""
+        filled = 0
+        for batch in self._endless_batches():
+            ids = self._ids(batch["index"])
+            with self._autocast():
+                key = self.model.encode_keys(self._views(batch)[1].image, self.generator)
+            self.model.enqueue(key, ids, self.generator)
+            filled += len(ids)
+            if filled >= self.config.queue_size:
+                return
+            if stop.asked:  # nothing is learned yet, so there is nothing to save
+                raise Stopped("stopped before the first step")
+
+    def _endless_batches(self) -> Iterator[dict[str, Tensor]]:
+        """Batches in the orders of epochs that the training does not reach."""
+        for epoch in itertools.count(self.config.epochs):
+            self.sampler.start(epoch)
+            yield from self.loader
+
+    # --- diagnostics, saving, export ----------------------------------------------------------
+
+    def _diagnosis_due(self) -> bool:
+        """After every epoch, and before the first."""
+        return self.step % self.sampler.batches == 0 and self.diagnostics["step"] < self.step
+
+    @torch.no_grad()
+    def _diagnose(self) -> None:
+        """Looks at features and embeddings of held-out slices, un-augmented, in eval mode."""
+        self.model.query.eval()
+        features, embeddings = [], []
+        for batch in self.held_out:
+            embedding = self.model.query(batch["image"].to(self.device))
+            features.append(embedding.pooled.float().cpu())
+            embeddings.append(embedding.projection.float().cpu())
+        looked = {
+            "features": diagnose(torch.cat(features)),
+            "embeddings": diagnose(torch.cat(embeddings)),
+        }
+        # An untrained encoder is expected to look collapsed; later, only news is told.
+        told = len(self.diagnostics["warnings"]) if self.diagnostics.get("step") else 0
+        loss = self.losses[0] / self.losses[1] if self.losses[1] else None
+        warnings = collapse_warnings(loss, self.chance, looked["features"], looked["embeddings"])
+        self.diagnostics = {
+            "stage": "diagnostics",
+            "epoch": self.step // self.sampler.batches,
+            "step": self.step,
+            "loss": loss,
+            **{name: dataclasses.asdict(value) for name, value in looked.items()},
+            "effective_rank": looked["features"].rankme,
+            "warnings": warnings,
+        }
+        self.metrics.write(self.diagnostics)
+        if self.step and len(warnings) > told:
+            epoch = self.diagnostics["epoch"]
+            tqdm.write("\n".join(f"epoch {epoch}: {text}" for text in warnings), file=sys.stderr)
+
+    def save(self) -> None:
+        """Writes the full state; `restore` goes on from it bit for bit."""
+        state = {
+            "step": self.step,
+            "losses": self.losses,
+            "diagnostics": self.diagnostics,
+            "model": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "generator": self.generator.get_state(),
+        }
+        save_checkpoint(self.checkpoint, self._identity(), state)
+
+    def restore(self) -> None:
+        """Goes on from the last checkpoint, or from the beginning where none was written yet.
+
+        Bit for bit on the same kind of device; on another one with other random numbers.
+
+        Raises:
+            UserError: the checkpoint is damaged or belongs to another run.
+        """
+        if not self.checkpoint.is_file():
+            self.metrics.forget_after(-1, -1)
+            return
+        state = load_checkpoint(self.checkpoint, self._identity())
+        self.step, self.losses = state["step"], state["losses"]
+        self.diagnostics = state["diagnostics"]
+        self.model.load_state_dict(state["model"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        if len(state["generator"]) == len(self.generator.get_state()):
+            self.generator.set_state(state["generator"])
+        else:  # of another kind of device, whose random numbers are of another kind too
+            self.generator.manual_seed(self.config.seed + self.step)
+        self.metrics.forget_after(self.step, self.diagnostics["step"])
+
+    def summary(self) -> dict[str, Any]:
+        """The part of summary.json that pretraining knows."""
+        features, embeddings = self.diagnostics["features"], self.diagnostics["embeddings"]
+        return {
+            "medmoco": medmoco.__version__,
+            "method": self.config.method,
+            "seed": self.config.seed,
+            "effective_rank": {"features": features["rankme"], "embeddings": embeddings["rankme"]},
+            "samples": features["samples"],
+            "dimensions": features["dimensions"],
+            "linear": None,
+            "finetune": None,
+            "controls": {},
+            "bad_files": [dataclasses.asdict(file) for file in self.cache.bad],
+            "warnings": self.diagnostics["warnings"],
+        }
+
+    def _identity(self) -> dict[str, Any]:
+        """What a checkpoint must agree with, see IDENTITY."""
+        config = self.config
+        data = self.cache.directory.name  # a digest of files and settings
+        return {"data": data} | {name: getattr(config, name) for name in IDENTITY}
+
+    def metadata(self) -> dict[str, Any]:
+        """What goes into encoder.pt, so that segmentation treats images alike."""
+        config = self.config
+        return {
+            "method": config.method,
+            "image_size": config.image_size,
+            "spacing": self.grid.spacing,
+            "modality": self.cache.modality,
+            "window": (config.window_low, config.window_high),
+            "slice_axis": self.cache.axis,
+            "patients": sorted({volume.patient for volume in self.cache.volumes}),
+        }
+
+    # --- progress -----------------------------------------------------------------------------
+
+    def _progress_bar(self) -> tqdm:
+        return tqdm(
+            total=self.total_steps, initial=self.step, unit="step", desc="pretrain", disable=None
+        )
+
+    def _log(self, bar: tqdm, clock: StepClock) -> None:
+        records = self.metrics.flush(**clock.read())
+        for record in records:
+            self.losses = [self.losses[0] + record["loss_global"], self.losses[1] + 1]
+        self.last = records[-1]
+        bar.set_postfix_str(self._status())
+
+    def _introduction(self) -> str:
+        """What was chosen, in two lines."""
+        config, learned = self.config, self.sampler.length
+        return (
+            f"pretrain: {config.method}, {config.arch} x {config.width:g} on {self.device}, "
+            f"{config.image_size} px of {self.grid.spacing:.3g} mm, output stride "
+            f"{config.output_stride}; {learned:,} slices to learn from, "
+            f"{self.held_out_slices:,} held out\n"
+            f"pretrain: {config.epochs} epochs of {self.sampler.batches} steps, batch "
+            f"{config.batch_size}, lr {config.lr:.3g}, queue {config.queue_size:,}, local "
+            f"{config.local}, decorrelation {config.decorrelation}"
+        )
+
+    def _status(self) -> str:
+        """The last step and the last diagnosis in a line."""
+        last, rank = self.last, self.diagnostics["effective_rank"]
+        return (
+            f"loss {last['loss']:.3f}, global {last['loss_global']:.3f} (chance "
+            f"{self.chance:.2f}), acc1 {last['acc1']:.2f}, "
+            f"rank {'-' if rank is None else f'{rank:.1f}'}, "
+            f"{last['images_per_second']:.0f} images/s, waiting {last['data_wait']:.0%}"
+        )
+
+
+def oversampled(grid: PixelGrid, cache: SliceCache) -> PixelGrid:
+    """The same field of view in finer pixels, as far as the volumes have them."""
+    finest = float(np.median([min(volume.spacing[1:]) for volume in cache.volumes]))
+    factor = min(max(grid.spacing / finest, 1.0), OVERSAMPLING)
+    return PixelGrid(
+        round(grid.size * factor), grid.spacing * grid.size / round(grid.size * factor)
+    )
