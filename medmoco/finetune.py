@@ -106,6 +106,9 @@ def finetune(
                 raise UserError(f"--lr {lr}: the loss of fine-tuning is {mean_loss}; lower it")
             rate = float(schedule.get_last_lr()[0])
             bar.set_postfix(epoch=epoch, loss=f"{mean_loss:.4f}", dice=f"{mean_dice:.3f}")
+            if bar.disable:  # no terminal: a line an epoch for the log
+                shown = f"loss {mean_loss:.4f}, dice {mean_dice:.3f}"
+                print(f"finetune: epoch {epoch} of {epochs}: {shown}", flush=True)
             log(epoch, epoch * len(batches), mean_loss, rate)
     model.eval()
 

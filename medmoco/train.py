@@ -33,10 +33,10 @@ PHANTOM_FLAGS: dict[str, Any] = {
     "width": 0.25,
     "image_size": 64,
     "output_stride": 8,
-    "epochs": 20,
+    "epochs": 15,
     "lr": 0.03,
     "label_fraction": 0.25,
-    "finetune_epochs": 25,
+    "finetune_epochs": 40,
 }
 
 

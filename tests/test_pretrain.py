@@ -195,9 +195,22 @@ def test_sigterm_while_the_queue_is_filled_does_not_wait_for_it(
     assert_same_end(unbroken, output)
 
 
+# The command with a pause before every step, so that there is a run to be killed.
+SLOWLY = """
+import sys, time
+from medmoco import pretrain
+train_step = pretrain.Pretraining._train_step
+def after_a_pause(self, batch):
+    time.sleep(0.5)
+    return train_step(self, batch)
+pretrain.Pretraining._train_step = after_a_pause
+pretrain.main(sys.argv[1:])
+"""
+
+
 def test_sigkill_and_resume_end_with_the_same_weights(flags, unbroken, tmp_path):
     output = tmp_path / "killed"
-    command = [sys.executable, "-m", "medmoco.pretrain", *flags, "--output", str(output)]
+    command = [sys.executable, "-c", SLOWLY, *flags, "--output", str(output)]
     environment = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}
     process = subprocess.Popen(command, env=environment, stderr=subprocess.DEVNULL)
     deadline = time.monotonic() + 120
