@@ -48,6 +48,7 @@ def diagnosis(epoch: int, warnings: list[str]) -> dict:
         measured[kind] = {
             "rankme": dimensions / (1 + 4 * decay),
             "rankme_centred": dimensions / (1 + 3 * decay),
+            "rank_share": 1 / (1 + 3 * decay),
             "samples": 200,
             "dimensions": dimensions,
             "alpha_req": 1.2,
@@ -295,6 +296,15 @@ def test_table_shows_dice_controls_and_rank(run_folder, full_page):
         assert f"{result['dice_mean']:.3f}" in table
     assert "41.2" in table and "features of 200 \N{MULTIPLICATION SIGN} 64" in table
     assert "17.5" in table and "embeddings of 200 \N{MULTIPLICATION SIGN} 32" in table
+
+
+def test_the_share_of_the_attainable_rank_is_that_of_the_centred_one(full_page):
+    table = full_page[full_page.index("Diagnostics on held-out slices") :]
+    words = re.sub(r"<[^>]+>", " ", table[: table.index("</table>")]).split()
+    row = words[words.index("features,") :]
+    # RankMe; N x D in three words; RankMe centred and its share of min(N - 1, D) = 64
+    assert row[:4] == ["features,", "epoch", "0", "53.3"]
+    assert row[7:9] == ["55.7", "0.87"]
 
 
 def test_difference_of_one_seed_is_told_without_a_claim(tmp_path, blank_plots):

@@ -53,7 +53,6 @@ tbody th { font-weight: 500; overflow-wrap: break-word; min-width: 6rem; }
 .words tbody th, .words td { overflow-wrap: anywhere; min-width: 9rem; max-width: 34rem; }
 .main { width: 100%; font-size: 1rem; }
 .main td { font-size: 1.06rem; }
-.main td:nth-of-type(1), .main td:nth-of-type(3) { font-weight: 650; }
 th small, td small {
   display: block; font-size: .82rem; font-weight: 400; color: var(--soft);
   white-space: nowrap;

@@ -23,8 +23,8 @@ COLUMNS = (
     "Vectors",
     "RankMe",
     f"N {TIMES} D",
-    f"rank / min(N{MINUS}1, D)",
     "RankMe, centred",
+    f"centred / min(N{MINUS}1, D)",
     "alpha-ReQ",
     "mean |correlation|",
     f"std {TIMES} √D",
@@ -117,19 +117,13 @@ def _diagnostic_rows(run: Run, several: bool) -> list[list[object]]:
 
 
 def _diagnostic_cells(values: Record) -> list[str]:
-    rank, samples, dimensions = (
-        finite(values.get(key)) for key in ("rankme", "samples", "dimensions")
-    )
-    size = share = DASH
-    if samples is not None and dimensions is not None:
-        size = f"{samples:.0f} {TIMES} {dimensions:.0f}"
-        if rank is not None and min(samples - 1, dimensions) > 0:
-            share = f"{rank / min(samples - 1, dimensions):.2f}"
+    samples, dimensions = (finite(values.get(key)) for key in ("samples", "dimensions"))
+    known = samples is not None and dimensions is not None
     return [
-        number(rank, 1),
-        size,
-        share,
+        number(values.get("rankme"), 1),
+        f"{samples:.0f} {TIMES} {dimensions:.0f}" if known else DASH,
         number(values.get("rankme_centred"), 1),
+        number(values.get("rank_share"), 2),
         number(values.get("alpha_req"), 2),
         number(values.get("mean_abs_correlation"), 2),
         number(values.get("std_sqrt_d"), 2),
