@@ -7,8 +7,6 @@
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
-#include <torch/headeronly/util/BFloat16.h>
-#include <torch/headeronly/util/Half.h>
 
 #include <algorithm>
 #include <cstdint>
@@ -17,25 +15,10 @@
 #include <vector>
 
 #include "../checks.h"
+#include "operand.h"
 
 namespace medmoco {
 namespace {
-
-// A matrix of any strides, read as T.
-template <typename T, typename Scalar>
-struct Matrix {
-  const Scalar* data;
-  int64_t row_stride, column_stride;
-
-  explicit Matrix(const Tensor& tensor)
-      : data(static_cast<const Scalar*>(tensor.const_data_ptr())),
-        row_stride(tensor.stride(0)),
-        column_stride(tensor.stride(1)) {}
-
-  T at(int64_t row, int64_t column) const {
-    return static_cast<T>(data[row * row_stride + column * column_stride]);
-  }
-};
 
 // Scalar is what the operands hold, T what is computed with: float, or double for double.
 template <typename T, typename Scalar>
@@ -158,16 +141,10 @@ std::tuple<Tensor, Tensor, Tensor> queue_info_nce_cpu(Tensor query, Tensor key, 
   Tensor rank = torch::stable::new_empty(query, {batch}, ScalarType::Int);
   Tensor direction =
       torch::stable::new_empty(query, {compute_direction ? batch : 0, query.size(1)}, dtype);
-  auto run = [&](auto kernel) {
-    kernel(query, key, queue, temperature, query_ids, queue_ids, loss, rank, direction,
-           compute_direction);
-  };
-  switch (query.scalar_type()) {
-    case ScalarType::Double: run(forward<double, double>); break;
-    case ScalarType::BFloat16: run(forward<float, c10::BFloat16>); break;
-    case ScalarType::Half: run(forward<float, c10::Half>); break;
-    default: run(forward<float, float>);
-  }
+  with_dtype(query.scalar_type(), [&]<typename T, typename Scalar>() {
+    forward<T, Scalar>(query, key, queue, temperature, query_ids, queue_ids, loss, rank, direction,
+                       compute_direction);
+  });
   return {loss, rank, direction};
 }
 
@@ -211,16 +188,10 @@ std::tuple<Tensor, Tensor> queue_info_nce_backward_cpu(Tensor grad_loss, Tensor 
   const int64_t batch = query.size(0), dim = query.size(1);
   Tensor grad_query = torch::stable::new_empty(query, {compute_grad_query ? batch : 0, dim});
   Tensor grad_key = torch::stable::new_empty(query, {compute_grad_key ? batch : 0, dim});
-  auto run = [&](auto kernel) {
-    kernel(grad_loss, query, loss, direction, temperature, grad_query, grad_key, compute_grad_query,
-           compute_grad_key);
-  };
-  switch (query.scalar_type()) {
-    case ScalarType::Double: run(backward<double, double>); break;
-    case ScalarType::BFloat16: run(backward<float, c10::BFloat16>); break;
-    case ScalarType::Half: run(backward<float, c10::Half>); break;
-    default: run(backward<float, float>);
-  }
+  with_dtype(query.scalar_type(), [&]<typename T, typename Scalar>() {
+    backward<T, Scalar>(grad_loss, query, loss, direction, temperature, grad_query, grad_key,
+                        compute_grad_query, compute_grad_key);
+  });
   return {grad_query, grad_key};
 }
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable
 from contextlib import AbstractContextManager, nullcontext
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -54,3 +55,39 @@ def autocast_off(device_type: str) -> AbstractContextManager[object]:
     if torch.amp.is_autocast_available(device_type):
         return torch.autocast(device_type, enabled=False)
     return nullcontext()
+
+
+class Cast(Protocol):
+    """The operands of an operator in the dtype that autocast wants them in."""
+
+    def __call__(self, device_type: str, tensors: Iterable[Tensor]) -> list[Tensor]: ...
+
+
+def wide_operands(device_type: str, tensors: Iterable[Tensor]) -> list[Tensor]:
+    """The tensors in float32 (float64 stays), for operators that autocast must not narrow."""
+    return [t.to(wide_dtype(t)) if t.is_floating_point() else t for t in tensors]
+
+
+# torch.library.register_autocast would fix one dtype for all calls.
+_library = torch.library.Library("medmoco", "IMPL")
+
+
+def register_autocast(op: str, operands: int, cast: Cast) -> None:
+    """Under autocast `op` takes its first `operands` arguments as `cast` returns them."""
+    for device_type, dispatch_key in (("cpu", "AutocastCPU"), ("cuda", "AutocastCUDA")):
+
+        def kernel(*arguments: Any, device_type: str = device_type) -> Any:
+            tensors = cast(device_type, arguments[:operands])
+            with autocast_off(device_type):
+                return getattr(torch.ops.medmoco, op)(*tensors, *arguments[operands:])
+
+        _library.impl(op, kernel, dispatch_key)
+
+
+def refuse_second_derivative(op: str) -> None:
+    """Makes a derivative of `<op>_backward` an error: a silent one would be wrong."""
+
+    def raise_error(ctx: Any, *_: Any) -> None:
+        raise RuntimeError(f"{op}: second derivatives are not implemented")
+
+    torch.library.register_autograd(f"medmoco::{op}_backward", raise_error)

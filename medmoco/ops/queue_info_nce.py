@@ -19,6 +19,8 @@ from medmoco.ops.dispatch import (
     autocast_off,
     autocast_operands,
     has_kernel,
+    refuse_second_derivative,
+    register_autocast,
     tf32_allowed,
     wide_dtype,
 )
@@ -273,25 +275,6 @@ def _backward(ctx: Any, grad_loss: Tensor, *_: Any) -> tuple[Tensor | None, ...]
     return grad_query if need_query else None, grad_key if need_key else None, *constants
 
 
-def _second_derivative(ctx: Any, *_: Any) -> None:
-    raise RuntimeError(f"{OP}: second derivatives are not implemented")
-
-
 torch.library.register_autograd("medmoco::queue_info_nce", _backward, setup_context=_setup_context)
-torch.library.register_autograd("medmoco::queue_info_nce_backward", _second_derivative)
-
-# torch.library.register_autocast would fix one dtype for all calls.
-_library = torch.library.Library("medmoco", "IMPL")
-
-
-def _register_autocast(device_type: str, dispatch_key: str) -> None:
-    def kernel(query: Tensor, key: Tensor, queue: Tensor, *others: Any) -> tuple[Tensor, ...]:
-        operands = autocast_operands(device_type, (query, key, queue))
-        with autocast_off(device_type):
-            return torch.ops.medmoco.queue_info_nce(*operands, *others)
-
-    _library.impl(OP, kernel, dispatch_key)
-
-
-_register_autocast("cpu", "AutocastCPU")
-_register_autocast("cuda", "AutocastCUDA")
+refuse_second_derivative(OP)
+register_autocast(OP, 3, autocast_operands)
