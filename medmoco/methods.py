@@ -10,8 +10,9 @@ from medmoco.data.cache import SliceCache
 from medmoco.data.stream import hold_out_patients
 from medmoco.errors import UserError
 from medmoco.launch import choose_device, choose_workers
+from medmoco.models.branch import Branch
 from medmoco.models.encoder import Encoder, default_output_stride
-from medmoco.models.moco import SHUFFLE_SPLIT, Branch, MoCo
+from medmoco.models.moco import SHUFFLE_SPLIT, MoCo
 from medmoco.models.whitening import (
     SAMPLES_A_CHANNEL,
     IterNorm,
@@ -27,6 +28,7 @@ Config = TypeVar("Config", bound="PretrainConfig")
 # A preset is a combination of flags; a flag that the user gives wins over it.
 PRESETS: dict[str, dict[str, Any]] = {
     "mocov2": {"local": "none", "decorrelation": "none"},
+    "densecl": {"local": "dense", "decorrelation": "none"},
     "medmoco": {"local": "coordinates", "decorrelation": "zca"},
     # Hassanpour et al. 2024 as described, with the settings of the code that was released.
     "paper": {
@@ -72,9 +74,26 @@ def resolve(config: Config, cache: SliceCache) -> Config:
 
 
 def apply_preset(config: Config) -> Config:
-    """Fills the flags that the method decides."""
+    """Fills the flags that the method decides.
+
+    Raises:
+        UserError: densecl's local weight leaves nothing for the global loss.
+    """
     preset = {**COMMON, **PRESETS[config.method]}
-    return dataclasses.replace(config, **_unset(config, preset))
+    config = dataclasses.replace(config, **_unset(config, preset))
+    return dataclasses.replace(config, **_unset(config, {"global_weight": _global_weight(config)}))
+
+
+def _global_weight(config: "PretrainConfig") -> float:
+    """1, but in DenseCL what the local loss leaves of it [Wang et al., 2021]."""
+    if config.method != "densecl" or config.local == "none":
+        return 1.0
+    if config.local_weight > 1:
+        raise UserError(
+            f"--local-weight {config.local_weight:g}: densecl shares a weight of 1 between both "
+            "losses: expected at most 1; --global-weight sets the other one apart"
+        )
+    return 1 - config.local_weight
 
 
 def apply_data_defaults(config: Config, slices: int) -> Config:
@@ -167,6 +186,7 @@ def build_model(config: "PretrainConfig") -> MoCo:
         temperature=config.temperature,
         key_norm=config.key_norm,
         local=config.local,
+        global_weight=config.global_weight,
         local_weight=config.local_weight,
         covariance_weight=(
             config.covariance_weight if config.decorrelation == "covariance" else 0.0

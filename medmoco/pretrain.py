@@ -69,7 +69,12 @@ class PretrainConfig:
     local: str = option(
         None,
         "local feature learning; default the method's",
-        choices=("none", "regions", "coordinates"),
+        choices=("none", "regions", "coordinates", "dense"),
+    )
+    global_weight: float = option(
+        None,
+        "weight of the global loss; default 1, of densecl 1 - --local-weight",
+        least=0,
     )
     local_weight: float = option(0.5, "weight of the local loss", least=0)
     regions: int = option(3, "the region grid is regions x regions", least=2)

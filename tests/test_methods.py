@@ -2,6 +2,7 @@
 
 import pytest
 
+from medmoco.errors import UserError
 from medmoco.methods import apply_data_defaults, apply_preset, build_model
 from medmoco.models.moco import MoCo
 from medmoco.models.whitening import IterNorm, ZCAWhitening
@@ -18,6 +19,7 @@ def model_of(**flags) -> MoCo:
     ("method", "local", "key_norm", "layer"),
     [
         ("mocov2", "none", "ema", None),
+        ("densecl", "dense", "ema", None),
         ("medmoco", "coordinates", "ema", ZCAWhitening),
         ("paper", "regions", "shuffle", IterNorm),
     ],
@@ -35,6 +37,30 @@ def test_method_names_local_learning_normalisation_and_whitening(method, local, 
 
 def test_flags_win_over_the_method():
     assert model_of(method="paper", local="none", key_norm="ema").local == "none"
+
+
+@pytest.mark.parametrize(
+    ("flags", "weights"),
+    [
+        ({"method": "medmoco"}, (1, 0.5)),
+        ({"method": "medmoco", "local": "dense", "local_weight": 2.0}, (1, 2)),
+        ({"method": "densecl"}, (0.5, 0.5)),
+        ({"method": "densecl", "local_weight": 0.25}, (0.75, 0.25)),
+        ({"method": "densecl", "local_weight": 0.25, "global_weight": 1.0}, (1, 0.25)),
+    ],
+)
+def test_densecl_shares_a_weight_of_1_between_its_losses(flags, weights):
+    model = model_of(**flags)
+    assert (model.global_weight, model.local_weight) == weights
+
+
+def test_densecl_without_its_local_loss_is_mocov2():
+    assert model_of(method="densecl", local="none").global_weight == 1
+
+
+def test_densecl_cannot_share_more_than_it_has():
+    with pytest.raises(UserError, match=r"--local-weight 1\.5: .* expected at most 1"):
+        model_of(method="densecl", local_weight=1.5)
 
 
 def test_covariance_penalty_weighs_what_its_flag_says_where_it_is_asked_for():

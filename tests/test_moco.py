@@ -7,8 +7,9 @@ import torch
 from torch.nn import functional
 
 from medmoco.data.views import View
+from medmoco.models.branch import Branch
 from medmoco.models.encoder import Encoder
-from medmoco.models.moco import Branch, MoCo, recalibrate_batchnorm
+from medmoco.models.moco import MoCo, recalibrate_batchnorm
 from medmoco.models.whitening import ZCAWhitening
 
 SIZE, STRIDE, BATCH, QUEUE = 32, 8, 6, 11
@@ -23,6 +24,7 @@ def make_model(**changes) -> MoCo:
         "temperature": 0.2,
         "key_norm": "ema",
         "local": "none",
+        "global_weight": 1.0,
         "local_weight": 0.5,
         "covariance_weight": 0.0,
         "regions": 2,
@@ -74,7 +76,7 @@ def test_global_loss_is_info_nce_without_the_slices_own_keys(views, ids, generat
         for i in range(BATCH)
     ]
     assert losses.global_.item() == pytest.approx(sum(expected) / BATCH, rel=1e-4)
-    assert losses.total is losses.global_
+    assert losses.total.item() == losses.global_.item()
 
 
 def test_coordinate_loss_compares_cells_at_the_same_place(views, ids, generator):
@@ -97,6 +99,30 @@ def test_coordinate_loss_compares_cells_at_the_same_place(views, ids, generator)
     assert losses.local.item() == pytest.approx(sum(expected) / len(expected), rel=1e-4)
     assert losses.total.item() == pytest.approx(
         losses.global_.item() + 0.5 * losses.local.item(), rel=1e-6
+    )
+
+
+def test_dense_loss_compares_each_cell_with_the_one_that_the_encoder_finds_most_alike(
+    views, ids, generator
+):
+    model = make_model(local="dense", global_weight=0.75, local_weight=0.25)
+    fill(model, generator)
+    losses, key = model(*views, ids, generator)
+    query = model.query(views[0].image)
+    maps = [functional.normalize(branch.map, dim=1).flatten(2) for branch in (query, key)]
+    cells = [functional.normalize(branch.local, dim=1).flatten(2) for branch in (query, key)]
+    places, expected = set(), []
+    for i in range(BATCH):
+        negatives = [k for j, k in enumerate(model.local_queue.keys) if j != i]
+        for place in range(CELLS**2):
+            alike = [(maps[0][i, :, place] @ other).item() for other in maps[1][i].T]
+            match = alike.index(max(alike))
+            places.add((place, match))
+            expected.append(info_nce(cells[0][i, :, place], cells[1][i, :, match], negatives))
+    assert len({match for _, match in places}) > 1 and any(a != b for a, b in places)
+    assert losses.local.item() == pytest.approx(sum(expected) / len(expected), rel=1e-4)
+    assert losses.total.item() == pytest.approx(
+        0.75 * losses.global_.item() + 0.25 * losses.local.item(), rel=1e-6
     )
 
 
@@ -148,7 +174,7 @@ def test_covariance_penalty_does_not_reward_small_features(views, ids, generator
     assert small.item() == pytest.approx(large.item(), rel=0.3)
 
 
-@pytest.mark.parametrize("local", ["none", "regions", "coordinates"])
+@pytest.mark.parametrize("local", ["none", "regions", "coordinates", "dense"])
 def test_gradient_reaches_the_query_branch_and_never_the_key_branch(views, ids, generator, local):
     model = make_model(local=local)
     fill(model, generator)
@@ -201,8 +227,9 @@ def test_shuffling_normalises_in_splits_of_32(generator):
     assert norms == [32, 38]
 
 
-def test_enqueue_stores_unit_keys_with_their_ids(views, ids, generator):
-    model = make_model(local="coordinates")
+@pytest.mark.parametrize("local", ["coordinates", "dense"])
+def test_enqueue_stores_unit_keys_with_their_ids(views, ids, generator, local):
+    model = make_model(local=local)
     _, key = model(*views, ids, generator)
     model.enqueue(key, ids + 100, generator)
     for queue in (model.queue, model.local_queue):
@@ -210,6 +237,20 @@ def test_enqueue_stores_unit_keys_with_their_ids(views, ids, generator):
         assert queue.ids[BATCH:].tolist() == [-1] * (QUEUE - BATCH)
         torch.testing.assert_close(queue.keys[:BATCH].norm(dim=1), torch.ones(BATCH))
     torch.testing.assert_close(model.queue.keys[:BATCH], key.projection)
+
+
+def test_local_queue_holds_a_cell_of_each_image_or_with_dense_their_average(views, ids, generator):
+    model = make_model(local="dense")
+    _, key = model(*views, ids, generator)
+    model.enqueue(key, ids, generator)
+    average = functional.normalize(key.local.sum((2, 3)), dim=1)
+    torch.testing.assert_close(model.local_queue.keys[:BATCH], average)
+
+    model = make_model(local="coordinates")
+    model.enqueue(key, ids, generator)
+    cells = functional.normalize(key.local, dim=1).flatten(2)
+    nearest = torch.einsum("bc,bcj->bj", model.local_queue.keys[:BATCH], cells).amax(1)
+    torch.testing.assert_close(nearest, torch.ones(BATCH))
 
 
 def test_recalibration_gives_every_batch_the_same_weight(generator):

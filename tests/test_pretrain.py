@@ -136,11 +136,8 @@ def test_same_seed_gives_the_same_weights(flags, unbroken, tmp_path):
     assert_same_end(unbroken, tmp_path / "again")
 
 
-@pytest.mark.parametrize("step", [1, 6, 7, 12])
-def test_sigterm_saves_and_resume_ends_with_the_same_weights(
-    flags, unbroken, tmp_path, monkeypatch, step
-):
-    output = tmp_path / "stopped"
+def stop_at_step(monkeypatch, step: int, arguments: list[str]) -> None:
+    """Runs the command, which a SIGTERM ends after `step` steps."""
     train_step = pretrain.Pretraining._train_step
 
     def terminate_at_step(self, batch):
@@ -151,11 +148,33 @@ def test_sigterm_saves_and_resume_ends_with_the_same_weights(
 
     with monkeypatch.context() as patch:
         patch.setattr(pretrain.Pretraining, "_train_step", terminate_at_step)
-        assert run_command(pretrain.main, [*flags, "--output", str(output)]) == 0
+        assert run_command(pretrain.main, arguments) == 0
+
+
+@pytest.mark.parametrize("step", [1, 6, 7, 12])
+def test_sigterm_saves_and_resume_ends_with_the_same_weights(
+    flags, unbroken, tmp_path, monkeypatch, step
+):
+    output = tmp_path / "stopped"
+    stop_at_step(monkeypatch, step, [*flags, "--output", str(output)])
     assert state(output)["step"] == step
     assert not (output / "encoder.pt").exists()
     pretrain.main(["--output", str(output), "--resume"])
     assert_same_end(unbroken, output)
+
+
+def test_densecl_resumes_with_both_of_its_queues(flags, tmp_path, monkeypatch):
+    choice = [*flags, "--method", "densecl", "--epochs", "1"]
+    pretrain.main([*choice, "--output", str(tmp_path / "unbroken")])
+    last = records(tmp_path / "unbroken")[-1]
+    parts = (last["loss_global"] + last["loss_local"]) / 2
+    assert last["loss"] == pytest.approx(parts, rel=1e-5)
+    queue = state(tmp_path / "unbroken")["model"]["local_queue.keys"]
+    torch.testing.assert_close(queue.norm(dim=1), torch.ones(len(queue)))
+
+    stop_at_step(monkeypatch, 3, [*choice, "--output", str(tmp_path / "stopped")])
+    pretrain.main(["--output", str(tmp_path / "stopped"), "--resume"])
+    assert_same_end(tmp_path / "unbroken", tmp_path / "stopped")
 
 
 def test_sigterm_while_the_last_epoch_is_diagnosed_is_not_lost(
@@ -231,6 +250,7 @@ def test_sigkill_and_resume_end_with_the_same_weights(flags, unbroken, tmp_path)
         ["--method", "mocov2", "--key-norm", "shuffle", "--same", "volume"],
         ["--method", "mocov2", "--decorrelation", "covariance", "--same", "none"],
         ["--method", "mocov2", "--local", "regions", "--decorrelation", "iternorm"],
+        ["--method", "medmoco", "--local", "dense", "--key-norm", "shuffle"],
         ["--method", "medmoco", "--whiten-at", "last-norm"],
         ["--method", "paper", "--arch", "resnet18", "--queue-size", "20"],
     ],

@@ -10,25 +10,20 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
-from medmoco.data.views import View, corresponding_coordinates, overlap_regions
-from medmoco.models.encoder import Encoder
-from medmoco.models.heads import LocalHead, ProjectionHead
+from medmoco.data.views import View
+from medmoco.models.branch import Branch, Embedding
+from medmoco.models.local_loss import (
+    average_cell,
+    coordinate_loss,
+    dense_loss,
+    random_cell,
+    region_loss,
+)
 from medmoco.models.queue import KeyQueue
 from medmoco.ops import covariance_loss, queue_info_nce
 
 SHUFFLE_SPLIT = 32  # images that share batch statistics, as MoCo's 32 images a GPU
-REGION_POINTS = 4  # a region is the average of 4 x 4 points of the map
-
-
-class Embedding(NamedTuple):
-    """What a branch makes of a batch of images."""
-
-    map: Tensor  # (batch, channels, h, w), the encoder's last map
-    pooled: Tensor  # (batch, channels), its average over space, before whitening
-    projection: Tensor  # (batch, embed_dim), unit length
-    local: Tensor | None  # (batch, embed_dim, h, w), the local head's map
 
 
 class Losses(NamedTuple):
@@ -52,32 +47,6 @@ class Losses(NamedTuple):
         return {name: value.detach() for name, value in parts.items() if value is not None}
 
 
-class Branch(nn.Module):
-    """Encoder, optional whitening of the pooled features, projector, optional local head."""
-
-    def __init__(
-        self, encoder: Encoder, embed_dim: int, whitening: nn.Module | None, local: bool
-    ) -> None:
-        super().__init__()
-        channels = encoder.channels[-1]
-        self.embed_dim = embed_dim
-        self.encoder = encoder
-        self.whitening = whitening
-        self.projector = ProjectionHead(channels, channels, embed_dim)
-        self.local_head = LocalHead(channels, channels, embed_dim) if local else None
-
-    def forward(self, images: Tensor) -> Embedding:
-        """images (batch, 1, height, width) in [0, 1]."""
-        return self.embed(self.encoder(images))
-
-    def embed(self, feature_map: Tensor) -> Embedding:
-        pooled = feature_map.mean((2, 3))
-        features = pooled if self.whitening is None else self.whitening(pooled)
-        projection = functional.normalize(self.projector(features).float(), dim=1)
-        local = None if self.local_head is None else self.local_head(feature_map)
-        return Embedding(feature_map, pooled, projection, local)
-
-
 class MoCo(nn.Module):
     """Query and key branch, their queues, and the loss of two views.
 
@@ -88,8 +57,11 @@ class MoCo(nn.Module):
         temperature: divides the logits; > 0.
         key_norm: "ema": the key branch normalises with averaged statistics in eval mode (EMAN,
             Cai et al., 2021); "shuffle": with those of shuffled splits of 32, as MoCo.
-        local: "none", "regions" (negatives: the other regions of the image) or "coordinates"
-            (positive: the same place in the other view, negatives: a queue of cells).
+        local: "none", "regions" (negatives: the other regions of the image), "coordinates"
+            (positive: the same place in the other view, negatives: a queue of cells) or "dense"
+            (positive: the cell of the other view that resembles it most, negatives: a queue of
+            images' average cells).
+        global_weight: weight of the global loss.
         local_weight: weight of the local loss.
         covariance_weight: weight of VICReg's covariance term on batch-standardised pooled
             features; 0 leaves it out.
@@ -105,6 +77,7 @@ class MoCo(nn.Module):
         temperature: float,
         key_norm: str,
         local: str,
+        global_weight: float,
         local_weight: float,
         covariance_weight: float,
         regions: int,
@@ -114,11 +87,13 @@ class MoCo(nn.Module):
         self.key = copy.deepcopy(query).requires_grad_(False)
         embed_dim = query.embed_dim
         self.queue = KeyQueue(queue_size, embed_dim)
-        self.local_queue = KeyQueue(queue_size, embed_dim) if local == "coordinates" else None
+        queued = local in ("coordinates", "dense")
+        self.local_queue = KeyQueue(queue_size, embed_dim) if queued else None
         self.momentum = momentum
         self.temperature = temperature
         self.key_norm = key_norm
         self.local = local
+        self.global_weight = global_weight
         self.local_weight = local_weight
         self.covariance_weight = covariance_weight
         self.regions = regions
@@ -140,9 +115,9 @@ class MoCo(nn.Module):
             query.projection, key.projection, self.queue.keys, self.temperature, ids, self.queue.ids
         )
         global_ = loss.mean()
-        local = self._local_loss(query, key, query_view, key_view, ids)
+        local = self._local_loss(query, key, (query_view, key_view), ids)
         decorrelation = self._covariance(query.pooled)
-        total = global_
+        total = self.global_weight * global_
         if local is not None:
             total = total + self.local_weight * local
         if decorrelation is not None:
@@ -164,16 +139,11 @@ class MoCo(nn.Module):
 
     @torch.no_grad()
     def enqueue(self, key: Embedding, ids: Tensor, generator: torch.Generator) -> None:
-        """Stores the batch's keys, and one cell an image for the local loss."""
+        """Stores the batch's keys, and one key an image for the local loss."""
         self.queue.enqueue(key.projection, ids)
-        if self.local_queue is None or key.local is None:
-            return
-        cells = key.local.flatten(2)
-        chosen = torch.randint(
-            cells.shape[2], (len(cells), 1, 1), generator=generator, device=cells.device
-        )
-        cell = cells.gather(2, chosen.expand(-1, cells.shape[1], 1)).squeeze(2)
-        self.local_queue.enqueue(functional.normalize(cell.float(), dim=1), ids)
+        if self.local_queue is not None:
+            cell = average_cell(key) if self.local == "dense" else random_cell(key, generator)
+            self.local_queue.enqueue(cell, ids)
 
     @torch.no_grad()
     def update_key(self) -> None:
@@ -194,52 +164,17 @@ class MoCo(nn.Module):
         self.key.load_state_dict(self.query.state_dict())
 
     def _local_loss(
-        self, query: Embedding, key: Embedding, query_view: View, key_view: View, ids: Tensor
+        self, query: Embedding, key: Embedding, views: tuple[View, View], ids: Tensor
     ) -> Tensor | None:
-        if self.local == "coordinates":
-            return self._coordinate_loss(query, key, query_view, key_view, ids)
+        if self.local_queue is not None:
+            negatives = (ids, self.local_queue, self.temperature)
+            if self.local == "dense":
+                return dense_loss(query, key, *negatives)
+            return coordinate_loss(query, key, views, *negatives)
         if self.local == "regions":
-            return self._region_loss(query, key, query_view, key_view)
+            branches = (self.query, self.key)
+            return region_loss(query, key, views, branches, self.regions, self.temperature)
         return None
-
-    def _coordinate_loss(
-        self, query: Embedding, key: Embedding, query_view: View, key_view: View, ids: Tensor
-    ) -> Tensor:
-        """Each cell of the query map against the key map at the same place of the slice."""
-        assert query.local is not None and key.local is not None and self.local_queue is not None
-        size = query.local.shape[-1]
-        coordinates, valid = corresponding_coordinates(query_view.affine, key_view.affine, size)
-        keys = _sample(key.local.float(), coordinates)
-        loss, _ = queue_info_nce(
-            _unit_cells(query.local.float()),
-            _unit_cells(keys),
-            self.local_queue.keys,
-            self.temperature,
-            ids.repeat_interleave(size * size),
-            self.local_queue.ids,
-        )
-        return _mean_where(loss, valid.flatten())
-
-    def _region_loss(
-        self, query: Embedding, key: Embedding, query_view: View, key_view: View
-    ) -> Tensor:
-        """InfoNCE over the regions of one image: the same region of the other view is the key."""
-        points = self.regions * REGION_POINTS
-        here, there, inside = overlap_regions(query_view.affine, key_view.affine, points)
-        regions = functional.avg_pool2d(_sample(query.map.float(), here), REGION_POINTS)
-        others = functional.avg_pool2d(_sample(key.map.float(), there), REGION_POINTS)
-        valid = functional.avg_pool2d(inside[:, None].float(), REGION_POINTS)[:, 0] == 1
-        assert self.query.local_head is not None and self.key.local_head is not None
-        r = functional.normalize(self.query.local_head(regions).float(), dim=1).flatten(2)
-        with torch.no_grad():
-            s = functional.normalize(self.key.local_head(others).float(), dim=1).flatten(2)
-        valid = valid.flatten(1)
-        logits = torch.einsum("bci,bcj->bij", r, s) / self.temperature
-        # Finite, so that a row without a valid region has a finite gradient to be multiplied by 0.
-        logits = logits.masked_fill(~valid[:, None, :], torch.finfo(logits.dtype).min)
-        positive = logits.diagonal(dim1=1, dim2=2)
-        loss = logits.logsumexp(2) - positive
-        return _mean_where(loss.flatten(), valid.flatten())
 
     def _covariance(self, pooled: Tensor) -> Tensor | None:
         if self.covariance_weight == 0:
@@ -274,20 +209,3 @@ def _splits(images: Tensor) -> tuple[Tensor, ...]:
     """Splits of 32; a remainder joins the last one, so that no split has few images."""
     count = max(1, len(images) // SHUFFLE_SPLIT)
     return images.tensor_split([SHUFFLE_SPLIT * i for i in range(1, count)])
-
-
-def _sample(feature_map: Tensor, coordinates: Tensor) -> Tensor:
-    return functional.grid_sample(
-        feature_map, coordinates, padding_mode="border", align_corners=False
-    )
-
-
-def _unit_cells(feature_map: Tensor) -> Tensor:
-    """(batch, channels, h, w) to (batch * h * w, channels) of unit length."""
-    return functional.normalize(feature_map.permute(0, 2, 3, 1).flatten(0, 2), dim=1)
-
-
-def _mean_where(values: Tensor, valid: Tensor) -> Tensor:
-    """Mean over the valid entries, 0 where there are none; without waiting for the device."""
-    kept = torch.where(valid, values, torch.zeros_like(values))
-    return kept.sum() / valid.sum().clamp(min=1)
