@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 import medmoco
 import medmoco.ops
@@ -24,6 +25,10 @@ def run_python(*arguments: str, **environment: str) -> subprocess.CompletedProce
     return subprocess.run(
         [sys.executable, *arguments], env=variables, capture_output=True, text=True, timeout=120
     )
+
+
+def is_registered(schema: str, dispatch_key: str) -> bool:
+    return torch._C._dispatch_has_kernel_for_dispatch_key(f"medmoco::{schema}", dispatch_key)
 
 
 def project_version() -> str:
@@ -75,19 +80,59 @@ def test_kernels_of_every_instruction_set_match_the_reference(kernels):
 
 @pytest.mark.parametrize("operator", OPERATORS)
 def test_operator_has_all_of_its_parts(operator):
-    for part in ("csrc/cpu/{}.cpp", "csrc/cuda/{}.cu", "medmoco/ops/{}.py", "tests/test_{}.py"):
+    """Its CUDA kernel, or that there is none, stands in the README: see the next test."""
+    for part in ("csrc/cpu/{}.cpp", "medmoco/ops/{}.py", "tests/test_{}.py"):
         assert (ROOT / part.format(operator)).is_file(), part
     module = importlib.import_module(f"medmoco.ops.{operator}")
-    assert callable(getattr(module, operator)) and callable(
-        getattr(module, f"{operator}_reference")
-    )
-    assert f"{operator}_backward" in SCHEMAS
+    for function in (operator, f"{operator}_reference"):
+        assert callable(getattr(module, function))
+    for schema in (operator, f"{operator}_backward"):
+        if schema in SCHEMAS:
+            assert is_registered(schema, "CPU"), schema
+            assert is_registered(schema, "Meta"), schema
+    user_function = getattr(medmoco.ops, operator)
+    assert ("Not differentiable" in user_function.__doc__) != (f"{operator}_backward" in SCHEMAS)
 
 
 @pytest.mark.parametrize("function", medmoco.ops.__all__)
-def test_every_function_has_a_module_and_a_test_module(function):
+def test_every_function_has_a_module_a_test_module_and_its_kernels_in_the_readme(function):
     assert (ROOT / f"medmoco/ops/{function}.py").is_file()
     assert (ROOT / f"tests/test_{function}.py").is_file()
+    readme = (ROOT / "README.md").read_text()
+    told = re.search(rf"^\| `{function}` \| .* \| (.*) \| (.*) \|$", readme, re.M)
+    assert told, f"README.md: expected a row of {function} in the table of operators"
+    assert told.groups() == (kernels("cpu", function), kernels("cuda", function))
+
+
+def kernels(device: str, function: str) -> str:
+    """What csrc/<device> registers of an operator, in the words of the README."""
+    passes = []
+    for name, schema in (("forward", function), ("backward", f"{function}_backward")):
+        for path in (ROOT / "csrc" / device).iterdir():
+            source = path.read_text()
+            if f'm.impl("{schema}"' in source:
+                unverified = "unverified_kernels_enabled()" in source
+                passes.append(f"{name} (unverified)" if unverified else name)
+    return ", ".join(passes) or "none"
+
+
+@pytest.mark.skipif(_C.build_info()["cuda_version"] is None, reason="built for the CPU only")
+@pytest.mark.parametrize("unverified", ["0", "1"])
+def test_cuda_kernels_are_registered_as_the_readme_tells(unverified):
+    """Those that no GPU has run only where they are asked for."""
+    code = (
+        "import sys, torch, medmoco.ops\n"
+        "for schema in sys.argv[1:]:\n"
+        "    print(torch._C._dispatch_has_kernel_for_dispatch_key(f'medmoco::{schema}', 'CUDA'))"
+    )
+    result = run_python("-c", code, *SCHEMAS, MEDMOCO_UNVERIFIED=unverified)
+    assert result.returncode == 0, result.stderr
+    expected = []
+    for schema in SCHEMAS:
+        told = kernels("cuda", schema.removesuffix("_backward")).split(", ")
+        name = "backward" if schema.endswith("_backward") else "forward"
+        expected.append(name in told or (f"{name} (unverified)" in told and unverified == "1"))
+    assert result.stdout.split() == [str(value) for value in expected]
 
 
 def test_build_asks_for_torch_only_where_there_is_none(monkeypatch):

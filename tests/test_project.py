@@ -1,4 +1,4 @@
-"""What is written down twice stays the same: pins, dependencies, the README's quick start."""
+"""What is written down twice stays the same: pins and dependencies."""
 
 import re
 from pathlib import Path
@@ -34,11 +34,3 @@ def test_every_dependency_has_its_reason():
     needed = {name(requirement) for listed in lists for requirement in requirements(listed)}
     assert len(needed) > 10
     assert needed <= explained
-
-
-def test_the_quick_start_is_two_commands():
-    quick_start = (ROOT / "README.md").read_text().split("```sh quick-start\n")[1].split("```")[0]
-    assert quick_start.splitlines() == [
-        "pip install -e . && python -m medmoco.train",
-        "pip install -e '.[test]' && pytest",
-    ]
