@@ -6,6 +6,7 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 CHUNK_BYTES = 256 * 2**20  # of logits at a time, where the reference stands in for a kernel
 
@@ -82,6 +83,12 @@ def register_autocast(op: str, operands: int, cast: Cast) -> None:
                 return getattr(torch.ops.medmoco, op)(*tensors, *arguments[operands:])
 
         _library.impl(op, kernel, dispatch_key)
+
+
+def refuse_forward_mode(op: str, *tensors: Tensor) -> None:
+    """Makes a forward-mode derivative an error: PyTorch would take that of a custom op for zero."""
+    if any(forward_ad.unpack_dual(tensor).tangent is not None for tensor in tensors):
+        raise RuntimeError(f"{op}: forward-mode derivatives are not implemented")
 
 
 def refuse_second_derivative(op: str) -> None:

@@ -19,6 +19,7 @@ from medmoco.ops.dispatch import (
     autocast_off,
     autocast_operands,
     has_kernel,
+    refuse_forward_mode,
     refuse_second_derivative,
     register_autocast,
     tf32_allowed,
@@ -58,7 +59,7 @@ def queue_info_nce(
 
     Raises:
         RuntimeError: shapes, dtypes or devices disagree, temperature is not positive, or queue
-            requires a gradient; a second derivative is asked for.
+            requires a gradient; a second or a forward-mode derivative is asked for.
 
     [1] He et al., "Momentum Contrast for Unsupervised Visual Representation Learning", 2020,
         arXiv:1911.05722.
@@ -66,6 +67,7 @@ def queue_info_nce(
     if torch.is_grad_enabled() and queue.requires_grad:
         _raise_constant_queue()
     if has_kernel(OP, query.device):
+        refuse_forward_mode(OP, query, key, queue)
         loss, rank, _ = torch.ops.medmoco.queue_info_nce(
             query,
             key,
