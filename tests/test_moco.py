@@ -7,7 +7,7 @@ import torch
 from torch.nn import functional
 
 from medmoco.data.views import View
-from medmoco.models.branch import Branch
+from medmoco.models.branch import Branch, Embedding
 from medmoco.models.encoder import Encoder
 from medmoco.models.moco import MoCo, recalibrate_batchnorm
 from medmoco.models.whitening import ZCAWhitening
@@ -148,6 +148,17 @@ def test_region_loss_contrasts_the_regions_of_one_image(ids, generator):
         for r in range(4)
     ]
     assert losses.local.item() == pytest.approx(sum(expected) / len(expected), rel=1e-4)
+
+
+def test_region_loss_is_taken_in_float32_under_autocast(views, ids, generator):
+    model = make_model(local="regions")
+    model.query.local_head = model.key.local_head = torch.nn.Identity()
+    shape = (BATCH, 16, CELLS, CELLS)
+    maps = [torch.randn(shape, generator=generator) for _ in range(2)]
+    query, key = (Embedding(m, m.mean((2, 3)), m.mean((2, 3)), None) for m in maps)
+    loss = model._local_loss(query, key, views, ids)
+    with torch.autocast("cpu", torch.bfloat16):
+        torch.testing.assert_close(model._local_loss(query, key, views, ids), loss)
 
 
 def test_views_that_share_nothing_give_no_local_loss_and_a_finite_gradient(ids, generator):

@@ -8,6 +8,7 @@ from medmoco.data.views import View, corresponding_coordinates, overlap_regions
 from medmoco.models.branch import Branch, Embedding
 from medmoco.models.queue import KeyQueue
 from medmoco.ops import dense_match, queue_info_nce
+from medmoco.ops.dispatch import autocast_off
 
 REGION_POINTS = 4  # a region is the average of 4 x 4 points of the map
 
@@ -92,7 +93,8 @@ def region_loss(
         s = functional.normalize(key_head(regions_there).float(), dim=1).flatten(2)
     valid = valid.flatten(1)
     # Each image has negatives of its own and few: there is no queue to stream over.
-    logits = torch.einsum("bci,bcj->bij", r, s) / temperature
+    with autocast_off(r.device.type):
+        logits = torch.einsum("bci,bcj->bij", r, s) / temperature
     # Finite, so that a row without a valid region has a finite gradient to be multiplied by 0.
     logits = logits.masked_fill(~valid[:, None, :], torch.finfo(logits.dtype).min)
     positive = logits.diagonal(dim1=1, dim2=2)
