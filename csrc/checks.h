@@ -157,4 +157,66 @@ inline void check_queue_info_nce_backward(const Tensor& grad_loss, const Tensor&
   check_temperature(op, temperature);
 }
 
+// (samples, features) of a floating dtype, with enough samples for the statistic.
+inline void check_features(const char* op, const Tensor& features, int64_t least_samples) {
+  if (features.dim() != 2) {
+    fail(op, ": features must be (samples, features), got ", shape_text(features));
+  }
+  if (!is_floating(features)) {
+    fail(op, ": features must be float32, float64, bfloat16 or float16, got ",
+         dtype_text(features));
+  }
+  if (features.size(0) < least_samples) {
+    fail(op, ": features must have at least ", least_samples, " sample",
+         least_samples > 1 ? "s" : "", ", got ", features.size(0));
+  }
+}
+
+inline void check_zca_whiten(const Tensor& features, int64_t group_size, double eps) {
+  const char* op = "zca_whiten";
+  check_features(op, features, 1);
+  if (group_size < 1 || features.size(1) % group_size != 0) {
+    fail(op, ": group_size must divide the ", features.size(1), " features, got ", group_size);
+  }
+  if (!(eps > 0 && std::isfinite(eps))) {
+    fail(op, ": eps must be positive and finite, got ", number_text(eps));
+  }
+}
+
+inline void check_zca_whiten_backward(const Tensor& grad_whitened, const Tensor& features,
+                                      const Tensor& mean, const Tensor& matrix, const Tensor& scale,
+                                      const Tensor& vectors) {
+  const char* op = "zca_whiten_backward";
+  check_features(op, features, 1);
+  if (grad_whitened.scalar_type() != features.scalar_type() || grad_whitened.dim() != 2 ||
+      grad_whitened.size(0) != features.size(0) || grad_whitened.size(1) != features.size(1)) {
+    fail(op, ": grad_whitened must be ", dtype_text(features), " ", shape_text(features), ", got ",
+         dtype_text(grad_whitened), " ", shape_text(grad_whitened));
+  }
+  const int64_t count = features.size(1);
+  const bool wide = features.scalar_type() == ScalarType::Double;
+  const ScalarType dtype = wide ? ScalarType::Double : ScalarType::Float;
+  const char* kind = wide ? "float64" : "float32";
+  if (matrix.scalar_type() != dtype || matrix.dim() != 3 || matrix.size(1) < 1 ||
+      matrix.size(1) != matrix.size(2) || matrix.size(0) * matrix.size(1) != count) {
+    fail(op, ": matrix must be ", kind, " (groups, group_size, group_size) of ", count,
+         " features, got ", dtype_text(matrix), " ", shape_text(matrix));
+  }
+  const int64_t groups = matrix.size(0), size = matrix.size(1);
+  if (mean.scalar_type() != dtype || mean.dim() != 1 || mean.size(0) != count) {
+    fail(op, ": mean must be ", kind, " (", count, ",), got ", dtype_text(mean), " ",
+         shape_text(mean));
+  }
+  if (scale.scalar_type() != dtype || scale.dim() != 2 || scale.size(0) != groups ||
+      scale.size(1) != size) {
+    fail(op, ": scale must be ", kind, " (", groups, ", ", size, "), got ", dtype_text(scale), " ",
+         shape_text(scale));
+  }
+  if (vectors.scalar_type() != dtype || vectors.dim() != 3 || vectors.size(0) != groups ||
+      vectors.size(1) != size || vectors.size(2) != size) {
+    fail(op, ": vectors must be ", kind, " ", shape_text(matrix), ", got ", dtype_text(vectors),
+         " ", shape_text(vectors));
+  }
+}
+
 }  // namespace medmoco

@@ -12,4 +12,10 @@ STABLE_TORCH_LIBRARY(medmoco, m) {
       "queue_info_nce_backward(Tensor grad_loss, Tensor query, Tensor loss, Tensor direction, "
       "float temperature, bool compute_grad_query, bool compute_grad_key) "
       "-> (Tensor grad_query, Tensor grad_key)");
+  m.def(
+      "zca_whiten(Tensor features, int group_size, float eps, bool allow_tf32=False) "
+      "-> (Tensor whitened, Tensor mean, Tensor matrix, Tensor scale, Tensor vectors)");
+  m.def(
+      "zca_whiten_backward(Tensor grad_whitened, Tensor features, Tensor mean, Tensor matrix, "
+      "Tensor scale, Tensor vectors, bool allow_tf32=False) -> Tensor grad_features");
 }

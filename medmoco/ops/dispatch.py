@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, Protocol
+from typing import Any, NoReturn, Protocol
 
 import torch
 from torch import Tensor
@@ -38,12 +38,14 @@ def wide_dtype(tensor: Tensor) -> torch.dtype:
     return torch.float64 if tensor.dtype == torch.float64 else torch.float32
 
 
+def autocast_enabled(device_type: str) -> bool:
+    return torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)
+
+
 def autocast_operands(device_type: str, tensors: Iterable[Tensor]) -> list[Tensor]:
     """The tensors in autocast's dtype where autocast is on; float64 stays, as in PyTorch."""
     tensors = list(tensors)
-    if not (
-        torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)
-    ):
+    if not autocast_enabled(device_type):
         return tensors
     dtype = torch.get_autocast_dtype(device_type)
     return [
@@ -95,6 +97,10 @@ def refuse_second_derivative(op: str) -> None:
     """Makes a derivative of `<op>_backward` an error: a silent one would be wrong."""
 
     def raise_error(ctx: Any, *_: Any) -> None:
-        raise RuntimeError(f"{op}: second derivatives are not implemented")
+        raise_second_derivative(op)
 
     torch.library.register_autograd(f"medmoco::{op}_backward", raise_error)
+
+
+def raise_second_derivative(op: str) -> NoReturn:
+    raise RuntimeError(f"{op}: second derivatives are not implemented")
