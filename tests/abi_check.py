@@ -1,4 +1,4 @@
-"""Runs queue_info_nce against its float64 reference: `python tests/abi_check.py`.
+"""Runs compiled operators against their float64 references: `python tests/abi_check.py`.
 
 Without pytest and torchvision, so that it also runs in an environment that has little more than
 another torch than the extension was built with. Exits with 1 if a result is off.
@@ -14,8 +14,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import medmoco
 from medmoco._C import build_info
 from medmoco.ops.queue_info_nce import queue_info_nce, queue_info_nce_reference
+from medmoco.ops.zca_whiten import zca_whiten, zca_whiten_reference
 
-# Of the loss, and of the gradients relative to the largest.
+# Of losses, and of all else relative to the largest.
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 2e-3}
 
 
@@ -25,7 +26,7 @@ def losses_and_gradients(function, query, key, *others):
     return loss.detach(), rank, *torch.autograd.grad(loss.sum(), (query, key))
 
 
-def largest_error(dtype: torch.dtype, batch: int, queue_size: int, embed_dim: int) -> float:
+def queue_info_nce_error(dtype: torch.dtype, batch: int, queue_size: int, embed_dim: int) -> float:
     generator = torch.Generator().manual_seed(0)
     rows = torch.randn(2 * batch + queue_size, embed_dim, generator=generator)
     rows = torch.nn.functional.normalize(rows, dim=1).to(dtype)
@@ -41,13 +42,40 @@ def largest_error(dtype: torch.dtype, batch: int, queue_size: int, embed_dim: in
     return max(float(error) for error in errors)
 
 
+def whitened_and_gradient(features, function, *others):
+    features = features.clone().requires_grad_()
+    whitened, mean, matrix = function(features, *others)
+    weights = torch.linspace(-1, 2, whitened.numel()).sin().reshape(whitened.shape)
+    gradient = torch.autograd.grad(whitened, features, weights.to(whitened.dtype))[0]
+    return whitened.detach(), mean, matrix, gradient
+
+
+def zca_whiten_error(dtype: torch.dtype, samples: int, features: int, group_size: int) -> float:
+    generator = torch.Generator().manual_seed(0)
+    mixing = torch.randn(features, features, generator=generator) / features**0.5
+    rows = (torch.randn(samples, features, generator=generator) @ mixing + 1).to(dtype)
+    found = whitened_and_gradient(rows, zca_whiten, group_size, 0.1)
+    expected = whitened_and_gradient(rows.double(), zca_whiten_reference, group_size, 0.1)
+    return max(
+        float((b - a).abs().max() / b.abs().max()) for a, b in zip(found, expected, strict=True)
+    )
+
+
+CASES = {
+    queue_info_nce_error: [(5, 37, 9), (67, 1000, 127)],
+    zca_whiten_error: [(70, 66, 33), (600, 8, 4)],
+}
+
+
 def main() -> int:
     print(f"medmoco {medmoco.__version__} under torch {torch.__version__}: {build_info()}")
     failed = False
-    for dtype, tolerance in TOLERANCE.items():
-        error = max(largest_error(dtype, 5, 37, 9), largest_error(dtype, 67, 1000, 127))
-        failed |= not error <= tolerance
-        print(f"queue_info_nce {dtype}: largest error {error:.1e}, {tolerance:.0e} allowed")
+    for find_error, sizes in CASES.items():
+        operator = find_error.__name__.removesuffix("_error")
+        for dtype, tolerance in TOLERANCE.items():
+            error = max(find_error(dtype, *size) for size in sizes)
+            failed |= not error <= tolerance
+            print(f"{operator} {dtype}: largest error {error:.1e}, {tolerance:.0e} allowed")
     if "torchvision" in sys.modules:
         failed = True
         print("medmoco.ops must not import torchvision")

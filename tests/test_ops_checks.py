@@ -115,6 +115,9 @@ def test_operands_on_different_devices_are_named(name, monkeypatch):
 
 ONES = torch.ones(6, 8)
 MAP = torch.ones(2, 4, 3, 3)
+zca_whiten_backward = torch.ops.medmoco.zca_whiten_backward
+# Mean, matrix, scale and vectors of ONES in two groups.
+WHITENING = torch.ones(8), torch.ones(2, 4, 4), torch.ones(2, 4), torch.ones(2, 4, 4)
 WRONG_CALLS = [
     (covariance_loss, (ONES[0],), "features must be (samples, features), got (8,)"),
     (
@@ -127,6 +130,44 @@ WRONG_CALLS = [
     (zca_whiten, (ONES, 3, 1e-3), "group_size must divide the 8 features, got 3"),
     (zca_whiten, (ONES, 0, 1e-3), "group_size must divide the 8 features, got 0"),
     (zca_whiten, (ONES, 4, 0.0), "eps must be positive and finite, got 0"),
+    (zca_whiten, (ONES, 4, float("nan")), "eps must be positive and finite, got nan"),
+    (zca_whiten, (ONES[0], 4, 1e-3), "features must be (samples, features), got (8,)"),
+    (
+        zca_whiten,
+        (ONES.int(), 4, 1e-3),
+        "features must be float32, float64, bfloat16 or float16, got int32",
+    ),
+    (
+        zca_whiten_backward,
+        (ONES[:3], ONES, *WHITENING),
+        "grad_whitened must be float32 (6, 8), got float32 (3, 8)",
+    ),
+    (
+        zca_whiten_backward,
+        (ONES.half(), ONES, *WHITENING),
+        "grad_whitened must be float32 (6, 8), got float16 (6, 8)",
+    ),
+    (
+        zca_whiten_backward,
+        (ONES, ONES, WHITENING[0][:7], *WHITENING[1:]),
+        "mean must be float32 (8,), got float32 (7,)",
+    ),
+    (
+        zca_whiten_backward,
+        (ONES, ONES, WHITENING[0], WHITENING[1][:1], *WHITENING[2:]),
+        "matrix must be float32 (groups, group_size, group_size) of 8 features, "
+        "got float32 (1, 4, 4)",
+    ),
+    (
+        zca_whiten_backward,
+        (ONES, ONES, *WHITENING[:2], WHITENING[2].double(), WHITENING[3]),
+        "scale must be float32 (2, 4), got float64 (2, 4)",
+    ),
+    (
+        zca_whiten_backward,
+        (ONES, ONES, *WHITENING[:3], WHITENING[3][..., :3]),
+        "vectors must be float32 (2, 4, 4), got float32 (2, 4, 3)",
+    ),
     (
         iternorm_whiten,
         (ONES[None], 4, 1e-5, 5),
@@ -172,7 +213,20 @@ WRONG_CALLS = [
     WRONG_CALLS,
     ids=[f"{function.__name__}: {message}" for function, _, message in WRONG_CALLS],
 )
-def test_wrong_arguments_are_named(function, arguments, message):
-    with pytest.raises(RuntimeError) as error:
-        function(*arguments)
-    assert str(error.value) == f"{function.__name__}: {message}"
+def test_wrong_arguments_are_named(function, arguments, message, monkeypatch):
+    """Compiled, traced, and where no kernel runs."""
+    tensors = [a for a in arguments if isinstance(a, torch.Tensor)]
+    calls = [arguments]
+    if not any(t.is_meta for t in tensors):
+        calls.append([a.to("meta") if isinstance(a, torch.Tensor) else a for a in arguments])
+    expected = f"{function.__name__}: {message}"
+    for call in calls:
+        with pytest.raises(RuntimeError) as error:
+            function(*call)
+        assert str(error.value) == expected
+    if function.__module__.startswith("medmoco.ops."):
+        module = importlib.import_module(function.__module__)
+        monkeypatch.setattr(module, "has_kernel", lambda *_: False, raising=False)
+        with pytest.raises(RuntimeError) as error:
+            function(*arguments)
+        assert str(error.value) == expected
