@@ -11,6 +11,7 @@ from medmoco.ops.dispatch import (
     autocast_off,
     has_kernel,
     raise_second_derivative,
+    refuse_forward_mode,
     refuse_second_derivative,
     register_autocast,
     tf32_allowed,
@@ -44,11 +45,12 @@ def zca_whiten(features: Tensor, group_size: int, eps: float) -> tuple[Tensor, T
 
     Raises:
         RuntimeError: features is not 2-D, floating and non-empty, group_size does not divide its
-            features, or eps is not positive; a second derivative is asked for.
+            features, or eps is not positive; a second or a forward-mode derivative is asked for.
 
     [1] Huang et al., "Decorrelated Batch Normalization", 2018, arXiv:1804.08450.
     """
     if has_kernel(OP, features.device):
+        refuse_forward_mode(OP, features)
         whitened, mean, matrix, _, _ = torch.ops.medmoco.zca_whiten(
             features, group_size, eps, features.is_cuda and tf32_allowed()
         )
