@@ -46,17 +46,15 @@ inline void multiply(const T* a, int64_t rows, int64_t stride, const T* b, int64
     const T* lanes = b + start * kPanelRows<T>;
     const int64_t step = Transposed ? 1 : stride;
     int64_t m = 0;
-    for (; m + kRegisterBlock <= rows; m += kRegisterBlock) {
-      multiply_block<T, kRegisterBlock, Transposed>(block + m * step, stride, lanes, length,
-                                                    out + m * kPanelRows<T>);
-    }
-    for (; m + 3 <= rows; m += 3) {
-      multiply_block<T, 3, Transposed>(block + m * step, stride, lanes, length,
-                                       out + m * kPanelRows<T>);
-    }
-    for (; m < rows; ++m) {
-      multiply_block<T, 1, Transposed>(block + m * step, stride, lanes, length,
-                                       out + m * kPanelRows<T>);
-    }
+    auto blocks = [&]<int Rows>(std::integral_constant<int, Rows>) {
+      for (; m + Rows <= rows; m += Rows) {
+        multiply_block<T, Rows, Transposed>(block + m * step, stride, lanes, length,
+                                            out + m * kPanelRows<T>);
+      }
+    };
+    blocks(std::integral_constant<int, kRegisterBlock>());
+    blocks(std::integral_constant<int, kRegisterBlock * 2 / 3>());
+    blocks(std::integral_constant<int, kRegisterBlock / 3>());
+    blocks(std::integral_constant<int, 1>());
   }
 }

@@ -1,8 +1,8 @@
 // InfoNCE of each query against its key and a queue of negatives, on the CPU.
 //
 // Streams the queue once for each group of queries, keeping running sums, so the
-// (batch, queue_size) logits never exist. Threads share out the queries; a query's result does not
-// depend on how, so it is the same at any number of threads.
+// (batch, queue_size) logits never exist. Threads share out the groups, and where these are few,
+// segments of the queue; the result is the same bits at any number of threads.
 
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
@@ -15,6 +15,7 @@
 #include <vector>
 
 #include "../checks.h"
+#include "aligned.h"
 #include "operand.h"
 
 namespace medmoco {
@@ -27,29 +28,13 @@ struct Problem {
   int64_t batch, queue_size, embed_dim;
   int64_t tile_keys;  // keys of the queue that are worked on at a time
   double temperature;
+  T scale;  // log2(e) / temperature: weights are taken in powers of 2
   const int64_t* query_ids = nullptr;
   const int64_t* queue_ids = nullptr;
   int64_t query_ids_stride = 0, queue_ids_stride = 0;
   T* loss = nullptr;
   int32_t* rank = nullptr;
   T* direction = nullptr;  // null when not asked for
-
-  // Rows [start, start + keys) of the queue as T with unit column stride: in place, or `converted`.
-  const T* queue_tile(int64_t start, int64_t keys, std::vector<T>& converted,
-                      int64_t& stride) const {
-    if constexpr (std::is_same_v<T, Scalar>) {
-      if (queue.column_stride == 1) {
-        stride = queue.row_stride;
-        return queue.data + start * queue.row_stride;
-      }
-    }
-    stride = embed_dim;
-    converted.resize(keys * embed_dim);
-    for (int64_t j = 0; j < keys; ++j) {
-      for (int64_t c = 0; c < embed_dim; ++c) converted[j * embed_dim + c] = queue.at(start + j, c);
-    }
-    return converted.data();
-  }
 };
 
 }  // namespace
@@ -62,25 +47,16 @@ namespace medmoco {
 namespace {
 
 template <typename T, typename Scalar>
-using ForwardKernel = void (*)(const Problem<T, Scalar>&, int64_t, int64_t);
+using ForwardKernel = void (*)(const Problem<T, Scalar>&);
 
 template <typename T, typename Scalar>
-struct Choice {
-  ForwardKernel<T, Scalar> kernel;
-  int64_t panel_rows, most_panels;
-};
-
-template <typename T, typename Scalar>
-Choice<T, Scalar> choose_kernel() {
+ForwardKernel<T, Scalar> choose_kernel() {
   switch (chosen_instruction_set()) {
 #if MEDMOCO_X86_KERNELS
-    case InstructionSet::kAvx512:
-      return {avx512::forward_kernel<T, Scalar>, avx512::kPanelRows<T>, avx512::kMostPanels};
-    case InstructionSet::kAvx2:
-      return {avx2::forward_kernel<T, Scalar>, avx2::kPanelRows<T>, avx2::kMostPanels};
+    case InstructionSet::kAvx512: return avx512::forward_kernel<T, Scalar>;
+    case InstructionSet::kAvx2: return avx2::forward_kernel<T, Scalar>;
 #endif
-    default:
-      return {baseline::forward_kernel<T, Scalar>, baseline::kPanelRows<T>, baseline::kMostPanels};
+    default: return baseline::forward_kernel<T, Scalar>;
   }
 }
 
@@ -104,7 +80,8 @@ void forward(const Tensor& query, const Tensor& key, const Tensor& queue, double
                              queue.size(0),
                              query.size(1),
                              choose_tile_keys<T>(query.size(1)),
-                             temperature};
+                             temperature,
+                             T(1.44269504088896340736 / temperature)};
   if (query_ids) {
     problem.query_ids = static_cast<const int64_t*>(query_ids->const_data_ptr());
     problem.query_ids_stride = query_ids->stride(0);
@@ -115,17 +92,7 @@ void forward(const Tensor& query, const Tensor& key, const Tensor& queue, double
   problem.rank = static_cast<int32_t*>(rank.mutable_data_ptr());
   if (compute_direction) problem.direction = static_cast<T*>(direction.mutable_data_ptr());
 
-  const auto [kernel, panel_rows, most_panels] = choose_kernel<T, Scalar>();
-  const int64_t threads = torch::stable::get_num_threads();
-  const int64_t panels = (problem.batch + panel_rows - 1) / panel_rows;
-  const int64_t group = std::clamp<int64_t>((panels + threads - 1) / threads, 1, most_panels);
-  const int64_t rows = group * panel_rows;
-  auto run = [&, kernel = kernel](int64_t first, int64_t last) {
-    for (int64_t i = first; i < last; ++i) {
-      kernel(problem, i * rows, std::min(problem.batch, (i + 1) * rows));
-    }
-  };
-  torch::stable::parallel_for(0, (problem.batch + rows - 1) / rows, 1, run);
+  choose_kernel<T, Scalar>()(problem);
 }
 
 std::tuple<Tensor, Tensor, Tensor> queue_info_nce_cpu(Tensor query, Tensor key, Tensor queue,

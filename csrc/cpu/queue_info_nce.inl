@@ -6,13 +6,12 @@
 
 #include "multiply.inl"
 
-constexpr int kMostPanels = 4;  // panels that share one converted tile of the queue
+constexpr int64_t kGroupRows = 256;  // of the batch that share a tile of the queue
 
 // Queries of a panel and what has been gathered for them so far.
 template <typename T>
 struct Panel {
-  std::vector<T> query, key, direction;   // [embed_dim][lane]
-  std::vector<T> logits;                  // [key of the tile][lane], then the weights
+  AlignedVector<T> query, direction;      // [embed_dim][lane]
   alignas(64) T positive[kPanelRows<T>];  // query . key
   alignas(64) T peak[kPanelRows<T>];      // weights are e^{(query . queue - peak) / temperature}
   alignas(64) T sum[kPanelRows<T>];       // of the weights
@@ -20,12 +19,55 @@ struct Panel {
   int64_t ids[kPanelRows<T>];
 };
 
+// Consecutive rows of the queue, as T with unit column stride.
+template <typename T>
+struct Tile {
+  const T* data;
+  int64_t keys, stride;
+  const int64_t* ids;  // null without ids
+};
+
+// Keys [first, last) of the queue: in place, or `converted`.
+template <typename T, typename Scalar>
+Tile<T> read_tile(const Problem<T, Scalar>& problem, int64_t first, int64_t last,
+                  AlignedVector<T>& converted, std::vector<int64_t>& ids) {
+  const auto& queue = problem.queue;
+  const int64_t dim = problem.embed_dim;
+  Tile<T> tile{nullptr, last - first, dim, nullptr};
+  if (problem.queue_ids) {
+    ids.resize(tile.keys);
+    for (int64_t j = 0; j < tile.keys; ++j) {
+      ids[j] = problem.queue_ids[(first + j) * problem.queue_ids_stride];
+    }
+    tile.ids = ids.data();
+  }
+  if constexpr (std::is_same_v<T, Scalar>) {
+    if (queue.column_stride == 1) {
+      tile.data = queue.data + first * queue.row_stride;
+      tile.stride = queue.row_stride;
+      return tile;
+    }
+  }
+  converted.resize(tile.keys * dim);
+  for (int64_t j = 0; j < tile.keys; ++j) {
+    const Scalar* row = queue.data + (first + j) * queue.row_stride;
+    T* to = converted.data() + j * dim;
+    if (queue.column_stride == 1) {
+      for (int64_t c = 0; c < dim; ++c) to[c] = static_cast<T>(row[c]);
+    } else {
+      for (int64_t c = 0; c < dim; ++c) to[c] = static_cast<T>(row[c * queue.column_stride]);
+    }
+  }
+  tile.data = converted.data();
+  return tile;
+}
+
 template <typename T, typename Scalar>
 void start_panel(const Problem<T, Scalar>& problem, int64_t first_row, Panel<T>& panel) {
   const int64_t dim = problem.embed_dim;
   const int64_t rows = problem.batch - first_row;
+  AlignedVector<T> key(dim * kPanelRows<T>, T(0));
   panel.query.assign(dim * kPanelRows<T>, T(0));
-  panel.key.assign(dim * kPanelRows<T>, T(0));
   panel.direction.assign(problem.direction ? dim * kPanelRows<T> : 0, T(0));
   for (int lane = 0; lane < kPanelRows<T>; ++lane) {
     panel.sum[lane] = 0;
@@ -35,7 +77,7 @@ void start_panel(const Problem<T, Scalar>& problem, int64_t first_row, Panel<T>&
     const int64_t row = first_row + lane;
     for (int64_t c = 0; c < dim; ++c) {
       panel.query[c * kPanelRows<T> + lane] = problem.query.at(row, c);
-      panel.key[c * kPanelRows<T> + lane] = problem.key.at(row, c);
+      key[c * kPanelRows<T> + lane] = problem.key.at(row, c);
     }
     if (problem.query_ids) panel.ids[lane] = problem.query_ids[row * problem.query_ids_stride];
   }
@@ -46,7 +88,7 @@ void start_panel(const Problem<T, Scalar>& problem, int64_t first_row, Panel<T>&
       typename LanesOf<T>::Vector sum = {};
       for (int64_t c = start; c < dim && c < start + kDepthBlock; ++c) {
         const int64_t offset = c * kPanelRows<T> + v * kLanes<T>;
-        sum += load(panel.key.data() + offset) * load(panel.query.data() + offset);
+        sum += load(key.data() + offset) * load(panel.query.data() + offset);
       }
       total += sum;
     }
@@ -55,33 +97,36 @@ void start_panel(const Problem<T, Scalar>& problem, int64_t first_row, Panel<T>&
   }
 }
 
-// Takes left-out keys to -infinity, counts the others into the rank, finds the largest logit.
-template <typename T, bool HasIds>
-inline void scan_logits(Panel<T>& panel, int64_t keys, const int64_t* ids, T* largest) {
+// Takes the keys that share a query's id to -infinity, and out of its rank.
+template <typename T>
+inline void leave_out_same_ids(Panel<T>& panel, const Tile<T>& tile, T* logits) {
+  constexpr T nothing = -std::numeric_limits<T>::infinity();
+  for (int64_t j = 0; j < tile.keys; ++j) {
+    int64_t any = 0;
+    for (int lane = 0; lane < kPanelRows<T>; ++lane) any |= panel.ids[lane] == tile.ids[j];
+    if (!any || tile.ids[j] < 0) continue;
+    for (int lane = 0; lane < kPanelRows<T>; ++lane) {
+      if (panel.ids[lane] != tile.ids[j]) continue;
+      logits[j * kPanelRows<T> + lane] = nothing;
+      // scan_logits will count it where the positive is NaN or -infinity.
+      panel.rank[lane] -= !(nothing < panel.positive[lane]);
+    }
+  }
+}
+
+// Counts the logits that are not below the positive into the rank, and finds the largest.
+template <typename T>
+inline void scan_logits(Panel<T>& panel, const T* logits, int64_t keys, T* largest) {
   using Vector = typename LanesOf<T>::Vector;
   using Mask = typename LanesOf<T>::Mask;
-  const Vector nothing = Vector{} - std::numeric_limits<T>::infinity();
   for (int v = 0; v < kPanelVectors; ++v) {
     const Vector positive = load(panel.positive + v * kLanes<T>);
-    Vector most = nothing;
+    Vector most = Vector{} - std::numeric_limits<T>::infinity();
     Mask rank;
     std::memcpy(&rank, panel.rank + v * kLanes<T>, sizeof rank);
     for (int64_t j = 0; j < keys; ++j) {
-      T* place = panel.logits.data() + j * kPanelRows<T> + v * kLanes<T>;
-      Vector logit = load(place);
-      Mask not_below = ~(Mask)(logit < positive);  // -1 where it counts, NaN included
-      if (HasIds && ids[j] >= 0) {
-        typename LanesOf<T>::Integer same[kLanes<T>];
-        for (int lane = 0; lane < kLanes<T>; ++lane) {
-          same[lane] = panel.ids[v * kLanes<T> + lane] == ids[j] ? -1 : 0;
-        }
-        Mask left_out;
-        std::memcpy(&left_out, same, sizeof left_out);
-        logit = left_out ? nothing : logit;
-        not_below &= ~left_out;
-        store(place, logit);
-      }
-      rank -= not_below;
+      const Vector logit = load(logits + j * kPanelRows<T> + v * kLanes<T>);
+      rank -= ~(Mask)(logit < positive);  // -1 where it counts, NaN included
       most = logit > most ? logit : most;
     }
     std::memcpy(panel.rank + v * kLanes<T>, &rank, sizeof rank);
@@ -114,23 +159,19 @@ inline void raise_peak(Panel<T>& panel, const T* largest, T scale) {
 
 // One tile of the queue against one panel: logits, rank, softmax so far, direction so far.
 template <typename T>
-void add_tile(Panel<T>& panel, const T* tile, int64_t keys, int64_t stride, int64_t dim,
-              const int64_t* ids, T scale) {
+void add_tile(Panel<T>& panel, const Tile<T>& tile, int64_t dim, T scale, T* logits) {
   using Vector = typename LanesOf<T>::Vector;
-  panel.logits.assign(keys * kPanelRows<T>, T(0));
-  multiply<T, false>(tile, keys, stride, panel.query.data(), dim, panel.logits.data());
+  std::memset(logits, 0, tile.keys * kPanelRows<T> * sizeof(T));
+  multiply<T, false>(tile.data, tile.keys, tile.stride, panel.query.data(), dim, logits);
+  if (tile.ids) leave_out_same_ids(panel, tile, logits);
   alignas(64) T largest[kPanelRows<T>];
-  if (ids) {
-    scan_logits<T, true>(panel, keys, ids, largest);
-  } else {
-    scan_logits<T, false>(panel, keys, ids, largest);
-  }
+  scan_logits(panel, logits, tile.keys, largest);
   raise_peak(panel, largest, scale);
   for (int v = 0; v < kPanelVectors; ++v) {
     const Vector peak = load(panel.peak + v * kLanes<T>);
     Vector sum = {};
-    for (int64_t j = 0; j < keys; ++j) {
-      T* place = panel.logits.data() + j * kPanelRows<T> + v * kLanes<T>;
+    for (int64_t j = 0; j < tile.keys; ++j) {
+      T* place = logits + j * kPanelRows<T> + v * kLanes<T>;
       const Vector weight = exp2_lanes<T>((load(place) - peak) * scale);
       store(place, weight);
       sum += weight;
@@ -138,7 +179,7 @@ void add_tile(Panel<T>& panel, const T* tile, int64_t keys, int64_t stride, int6
     store(panel.sum + v * kLanes<T>, load(panel.sum + v * kLanes<T>) + sum);
   }
   if (!panel.direction.empty()) {
-    multiply<T, true>(tile, dim, stride, panel.logits.data(), keys, panel.direction.data());
+    multiply<T, true>(tile.data, dim, tile.stride, logits, tile.keys, panel.direction.data());
   }
 }
 
@@ -162,39 +203,117 @@ void finish_panel(const Problem<T, Scalar>& problem, int64_t first_row, const Pa
     for (int64_t c = 0; c < problem.embed_dim; ++c) {
       const int64_t offset = c * kPanelRows<T> + lane;
       problem.direction[row * problem.embed_dim + c] =
-          panel.direction[offset] * from_queue + panel.key[offset] * from_key;
+          panel.direction[offset] * from_queue + problem.key.at(row, c) * from_key;
     }
   }
 }
 
-// Rows [first_row, last_row) of the batch, at most kMostPanels panels.
+// Asks for `part` of `parts` of the rows that follow a tile, which memory would be late with.
+template <typename T>
+inline void prefetch_next(const Tile<T>& tile, int64_t rows_after, int64_t dim, int64_t part,
+                          int64_t parts) {
+  const int64_t rows = rows_after < tile.keys ? rows_after : tile.keys;
+  for (int64_t j = rows * part / parts; j < rows * (part + 1) / parts; ++j) {
+    const T* row = tile.data + (tile.keys + j) * tile.stride;
+    for (int64_t c = 0; c < dim; c += 64 / int64_t(sizeof(T))) __builtin_prefetch(row + c, 0, 2);
+  }
+}
+
+// Starts `count` panels at `first_row` and streams keys [first_key, last_key) of the queue past
+// them.
 template <typename T, typename Scalar>
-void forward_kernel(const Problem<T, Scalar>& problem, int64_t first_row, int64_t last_row) {
-  const int64_t count = (last_row - first_row + kPanelRows<T> - 1) / kPanelRows<T>;
-  std::vector<Panel<T>> panels(count);
+void gather(const Problem<T, Scalar>& problem, int64_t first_row, Panel<T>* panels, int64_t count,
+            int64_t first_key, int64_t last_key) {
   for (int64_t p = 0; p < count; ++p) {
     start_panel(problem, first_row + p * kPanelRows<T>, panels[p]);
   }
-  const T scale = T(1.44269504088896340736 / problem.temperature);  // log2(e) / temperature
   const int64_t dim = problem.embed_dim;
-  std::vector<T> converted;
+  const int64_t tile_keys = problem.tile_keys;
+  AlignedVector<T> logits(tile_keys * kPanelRows<T>), converted;
   std::vector<int64_t> ids;
-  for (int64_t start = 0; start < problem.queue_size; start += problem.tile_keys) {
-    const int64_t left = problem.queue_size - start;
-    const int64_t keys = left < problem.tile_keys ? left : problem.tile_keys;
-    int64_t stride = 0;
-    const T* tile = problem.queue_tile(start, keys, converted, stride);
-    if (problem.queue_ids) {
-      ids.resize(keys);
-      for (int64_t j = 0; j < keys; ++j) {
-        ids[j] = problem.queue_ids[(start + j) * problem.queue_ids_stride];
+  for (int64_t start = first_key; start < last_key; start += tile_keys) {
+    const int64_t end = start + tile_keys < last_key ? start + tile_keys : last_key;
+    const Tile<T> tile = read_tile(problem, start, end, converted, ids);
+    for (int64_t p = 0; p < count; ++p) {
+      if (converted.empty()) prefetch_next(tile, last_key - end, dim, p, count);
+      add_tile(panels[p], tile, dim, problem.scale, logits.data());
+    }
+  }
+  for (int64_t p = 0; p < count; ++p) panels[p].query = {};
+}
+
+// Adds what another segment of the queue gave the same queries.
+template <typename T>
+void merge(const Panel<T>& other, T scale, Panel<T>& panel) {
+  using Vector = typename LanesOf<T>::Vector;
+  for (int v = 0; v < kPanelVectors; ++v) {
+    const int64_t lanes = v * kLanes<T>;
+    const Vector a = load(panel.peak + lanes), b = load(other.peak + lanes);
+    const Vector peak = b > a ? b : a;
+    const Vector ours = exp2_lanes<T>((a - peak) * scale);
+    const Vector theirs = exp2_lanes<T>((b - peak) * scale);
+    store(panel.peak + lanes, peak);
+    store(panel.sum + lanes, load(panel.sum + lanes) * ours + load(other.sum + lanes) * theirs);
+    for (size_t place = lanes; place < panel.direction.size(); place += kPanelRows<T>) {
+      store(panel.direction.data() + place, load(panel.direction.data() + place) * ours +
+                                                load(other.direction.data() + place) * theirs);
+    }
+  }
+  for (int lane = 0; lane < kPanelRows<T>; ++lane) panel.rank[lane] += other.rank[lane];
+}
+
+// How the work is shared out: groups of rows times segments of the queue. It does not depend on
+// the number of threads, and neither do the bits of the result.
+struct Plan {
+  int64_t panels, groups, segments;
+
+  template <typename T>
+  static Plan of(int64_t batch, int64_t queue_size, int64_t embed_dim) {
+    constexpr int64_t units = 32;                // enough to keep threads busy, and balanced
+    constexpr int64_t least_keys = 1024;         // worth a segment
+    constexpr int64_t most_bytes = 8 * 1048576;  // of directions, one a segment
+    const int64_t panels = (batch + kPanelRows<T> - 1) / kPanelRows<T>;
+    const int64_t groups = (panels * kPanelRows<T> + kGroupRows - 1) / kGroupRows;
+    const int64_t segment_bytes = panels * kPanelRows<T> * embed_dim * int64_t(sizeof(T));
+    int64_t segments = 1;
+    while (groups * segments < units && 2 * segments * least_keys <= queue_size &&
+           2 * segments * segment_bytes <= most_bytes) {
+      segments *= 2;
+    }
+    return {panels, groups, segments};
+  }
+};
+
+template <typename T, typename Scalar>
+void forward_kernel(const Problem<T, Scalar>& problem) {
+  const Plan plan = Plan::of<T>(problem.batch, problem.queue_size, problem.embed_dim);
+  std::vector<Panel<T>> gathered(plan.segments * plan.panels);
+
+  auto stream = [&](int64_t first_unit, int64_t last_unit) {
+    for (int64_t unit = first_unit; unit < last_unit; ++unit) {
+      const int64_t group = unit / plan.segments, segment = unit % plan.segments;
+      const int64_t first = plan.panels * group / plan.groups;
+      const int64_t last = plan.panels * (group + 1) / plan.groups;
+      Panel<T>* panels = gathered.data() + segment * plan.panels + first;
+      gather(problem, first * kPanelRows<T>, panels, last - first,
+             problem.queue_size * segment / plan.segments,
+             problem.queue_size * (segment + 1) / plan.segments);
+      for (int64_t p = first; plan.segments == 1 && p < last; ++p) {
+        finish_panel(problem, p * kPanelRows<T>, gathered[p]);
+        gathered[p].direction = {};
       }
     }
-    for (Panel<T>& panel : panels) {
-      add_tile(panel, tile, keys, stride, dim, problem.queue_ids ? ids.data() : nullptr, scale);
+  };
+  torch::stable::parallel_for(0, plan.groups * plan.segments, 1, stream);
+  if (plan.segments == 1) return;
+
+  auto combine = [&](int64_t first, int64_t last) {
+    for (int64_t p = first; p < last; ++p) {
+      for (int64_t segment = 1; segment < plan.segments; ++segment) {
+        merge(gathered[segment * plan.panels + p], problem.scale, gathered[p]);
+      }
+      finish_panel(problem, p * kPanelRows<T>, gathered[p]);
     }
-  }
-  for (int64_t p = 0; p < count; ++p) {
-    finish_panel(problem, first_row + p * kPanelRows<T>, panels[p]);
-  }
+  };
+  torch::stable::parallel_for(0, plan.panels, 1, combine);
 }
