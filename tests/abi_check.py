@@ -62,7 +62,7 @@ def zca_whiten_error(dtype: torch.dtype, samples: int, features: int, group_size
 
 
 CASES = {
-    queue_info_nce_error: [(5, 37, 9), (67, 1000, 127)],
+    queue_info_nce_error: [(5, 37, 9), (67, 1000, 127), (3, 9001, 17)],
     zca_whiten_error: [(70, 66, 33), (600, 8, 4)],
 }
 
