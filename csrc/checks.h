@@ -70,13 +70,13 @@ inline bool is_floating(const Tensor& tensor) {
 }
 
 inline void check_same_kind(const char* op, const char* name, const Tensor& tensor,
-                            const Tensor& query) {
-  if (tensor.scalar_type() != query.scalar_type()) {
-    fail(op, ": ", name, " must be ", dtype_text(query), " to match query, got ",
+                            const char* other_name, const Tensor& other) {
+  if (tensor.scalar_type() != other.scalar_type()) {
+    fail(op, ": ", name, " must be ", dtype_text(other), " to match ", other_name, ", got ",
          dtype_text(tensor));
   }
-  if (device_text(tensor) != device_text(query)) {
-    fail(op, ": ", name, " must be on ", device_text(query), " to match query, got ",
+  if (device_text(tensor) != device_text(other)) {
+    fail(op, ": ", name, " must be on ", device_text(other), " to match ", other_name, ", got ",
          device_text(tensor));
   }
 }
@@ -116,8 +116,8 @@ inline void check_queue_info_nce(const Tensor& query, const Tensor& key, const T
     fail(op, ": queue must be (queue_size, ", query.size(1), ") to match query, got ",
          shape_text(queue));
   }
-  check_same_kind(op, "key", key, query);
-  check_same_kind(op, "queue", queue, query);
+  check_same_kind(op, "key", key, "query", query);
+  check_same_kind(op, "queue", queue, "query", query);
   check_temperature(op, temperature);
   if (query_ids.has_value() != queue_ids.has_value()) {
     fail(op, ": query_ids and queue_ids must be given together, got only ",
@@ -155,6 +155,32 @@ inline void check_queue_info_nce_backward(const Tensor& grad_loss, const Tensor&
          dtype_text(direction), " ", shape_text(direction));
   }
   check_temperature(op, temperature);
+}
+
+inline void check_dense_match(const Tensor& query_map, const Tensor& key_map) {
+  const char* op = "dense_match";
+  auto check_map = [&](const char* name, const Tensor& map) {
+    if (map.dim() != 3) {
+      fail(op, ": ", name, " must be (batch, channels, positions), got ", shape_text(map));
+    }
+  };
+  check_map("query_map", query_map);
+  check_map("key_map", key_map);
+  if (!is_floating(query_map)) {
+    fail(op, ": query_map must be float32, float64, bfloat16 or float16, got ",
+         dtype_text(query_map));
+  }
+  if (query_map.size(1) == 0) {
+    fail(op, ": query_map must have at least one channel, got ", shape_text(query_map));
+  }
+  if (key_map.size(0) != query_map.size(0) || key_map.size(1) != query_map.size(1)) {
+    fail(op, ": key_map must be (", query_map.size(0), ", ", query_map.size(1),
+         ", ...) to match query_map, got ", shape_text(key_map));
+  }
+  check_same_kind(op, "key_map", key_map, "query_map", query_map);
+  if (key_map.size(2) == 0) {
+    fail(op, ": key_map must have at least one position, got ", shape_text(key_map));
+  }
 }
 
 // (samples, features) of a floating dtype, with enough samples for the statistic.

@@ -13,6 +13,9 @@ STABLE_TORCH_LIBRARY(medmoco, m) {
       "float temperature, bool compute_grad_query, bool compute_grad_key) "
       "-> (Tensor grad_query, Tensor grad_key)");
   m.def(
+      "dense_match(Tensor query_map, Tensor key_map, bool allow_tf32=False) "
+      "-> (Tensor index, Tensor similarity)");
+  m.def(
       "zca_whiten(Tensor features, int group_size, float eps, bool allow_tf32=False) "
       "-> (Tensor whitened, Tensor mean, Tensor matrix, Tensor scale, Tensor vectors)");
   m.def(
