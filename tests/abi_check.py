@@ -13,6 +13,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import medmoco
 from medmoco._C import build_info
+from medmoco.ops.dense_match import dense_match, dense_match_reference
 from medmoco.ops.queue_info_nce import queue_info_nce, queue_info_nce_reference
 from medmoco.ops.zca_whiten import zca_whiten, zca_whiten_reference
 
@@ -61,9 +62,22 @@ def zca_whiten_error(dtype: torch.dtype, samples: int, features: int, group_size
     )
 
 
+def dense_match_error(dtype: torch.dtype, batch: int, channels: int, positions: int) -> float:
+    generator = torch.Generator().manual_seed(0)
+    query_map, key_map = (
+        torch.randn(batch, channels, size, generator=generator).to(dtype)
+        for size in (positions, positions + 9)
+    )
+    index, similarity = dense_match(query_map, key_map)
+    expected_index, expected = dense_match_reference(query_map.double(), key_map.double())
+    errors = (expected - similarity).abs().max(), (expected_index != index).double().max()
+    return max(float(error) for error in errors)
+
+
 CASES = {
     queue_info_nce_error: [(5, 37, 9), (67, 1000, 127), (3, 9001, 17)],
     zca_whiten_error: [(70, 66, 33), (600, 8, 4)],
+    dense_match_error: [(2, 3, 5), (1, 127, 131)],
 }
 
 

@@ -113,8 +113,29 @@ def test_operands_on_different_devices_are_named(name, monkeypatch):
         queue_info_nce(*(values[name] for name in FORWARD))
 
 
+MAP = torch.ones(2, 4, 9)
+WRONG_MAPS = [  # of the raw dense_match, which takes no (height, width)
+    ((MAP[0], MAP), "query_map must be (batch, channels, positions), got (4, 9)"),
+    ((MAP, MAP[None]), "key_map must be (batch, channels, positions), got (1, 2, 4, 9)"),
+    ((MAP.int(), MAP), "query_map must be float32, float64, bfloat16 or float16, got int32"),
+    ((MAP[:, :0], MAP), "query_map must have at least one channel, got (2, 0, 9)"),
+    ((MAP, MAP[:1]), "key_map must be (2, 4, ...) to match query_map, got (1, 4, 9)"),
+    ((MAP, MAP[:, :3]), "key_map must be (2, 4, ...) to match query_map, got (2, 3, 9)"),
+    ((MAP, MAP.double()), "key_map must be float32 to match query_map, got float64"),
+    ((MAP, MAP[:, :, :0]), "key_map must have at least one position, got (2, 4, 0)"),
+]
+
+
+@pytest.mark.parametrize(("maps", "message"), WRONG_MAPS, ids=[m for _, m in WRONG_MAPS])
+def test_wrong_maps_are_named_alike_compiled_and_traced(maps, message):
+    for device in ("cpu", "meta"):
+        with pytest.raises(RuntimeError) as error:
+            torch.ops.medmoco.dense_match(*(tensor.to(device) for tensor in maps))
+        assert str(error.value) == f"dense_match: {message}"
+
+
 ONES = torch.ones(6, 8)
-MAP = torch.ones(2, 4, 3, 3)
+IMAGE = torch.ones(2, 4, 3, 3)
 zca_whiten_backward = torch.ops.medmoco.zca_whiten_backward
 # Mean, matrix, scale and vectors of ONES in two groups.
 WHITENING = torch.ones(8), torch.ones(2, 4, 4), torch.ones(2, 4), torch.ones(2, 4, 4)
@@ -178,31 +199,36 @@ WRONG_CALLS = [
     (iternorm_whiten, (ONES, 4, 1e-5, 0), "iterations must be at least 1, got 0"),
     (
         dense_match,
-        (ONES, MAP),
+        (ONES, IMAGE),
         "query_map must be (batch, channels, height, width) or (batch, channels, positions), "
         "got (6, 8)",
     ),
     (
         dense_match,
-        (MAP, ONES),
+        (IMAGE, ONES),
         "key_map must be (batch, channels, height, width) or (batch, channels, positions), "
         "got (6, 8)",
     ),
     (
         dense_match,
-        (MAP.long(), MAP.long()),
+        (IMAGE.long(), IMAGE.long()),
         "query_map must be float32, float64, bfloat16 or float16, got int64",
     ),
     (
         dense_match,
-        (MAP, MAP[:1]),
+        (IMAGE, IMAGE[:1]),
         "key_map must be (2, 4, ...) to match query_map, got (1, 4, 3, 3)",
     ),
-    (dense_match, (MAP, MAP.half()), "key_map must be float32 to match query_map, got float16"),
-    (dense_match, (MAP, MAP.to("meta")), "key_map must be on cpu to match query_map, got meta"),
+    (dense_match, (IMAGE, IMAGE.half()), "key_map must be float32 to match query_map, got float16"),
+    (dense_match, (IMAGE, IMAGE.to("meta")), "key_map must be on cpu to match query_map, got meta"),
     (
         dense_match,
-        (MAP, MAP[:, :, :0]),
+        (IMAGE[:, :0], IMAGE),
+        "query_map must have at least one channel, got (2, 0, 3, 3)",
+    ),
+    (
+        dense_match,
+        (IMAGE, IMAGE[:, :, :0]),
         "key_map must have at least one position, got (2, 4, 0, 3)",
     ),
 ]

@@ -185,7 +185,8 @@ void start_group(Group<T, Scalar>& group, int64_t number) {
   }
 }
 
-// Compares keys [first_key, first_key + keys), at most a tile, with every panel.
+// Compares keys [first_key, first_key + keys), at most a tile, with every panel. Were it inlined,
+// the product's accumulators would no longer all stay in registers.
 template <typename T, typename Scalar>
 __attribute__((noinline)) void add_tile(Group<T, Scalar>& group, int64_t first_key, int64_t keys) {
   const int64_t channels = group.problem.channels;

@@ -87,6 +87,11 @@ def register_autocast(op: str, operands: int, cast: Cast) -> None:
         _library.impl(op, kernel, dispatch_key)
 
 
+def register_constant(op: str) -> None:
+    """The outputs of `op` are constants to autograd."""
+    _library.impl(op, torch.library.fallthrough_kernel, "Autograd")
+
+
 def refuse_forward_mode(op: str, *tensors: Tensor) -> None:
     """Makes a forward-mode derivative an error: PyTorch would take that of a custom op for zero."""
     if any(forward_ad.unpack_dual(tensor).tangent is not None for tensor in tensors):
