@@ -113,29 +113,10 @@ def test_operands_on_different_devices_are_named(name, monkeypatch):
         queue_info_nce(*(values[name] for name in FORWARD))
 
 
-MAP = torch.ones(2, 4, 9)
-WRONG_MAPS = [  # of the raw dense_match, which takes no (height, width)
-    ((MAP[0], MAP), "query_map must be (batch, channels, positions), got (4, 9)"),
-    ((MAP, MAP[None]), "key_map must be (batch, channels, positions), got (1, 2, 4, 9)"),
-    ((MAP.int(), MAP), "query_map must be float32, float64, bfloat16 or float16, got int32"),
-    ((MAP[:, :0], MAP), "query_map must have at least one channel, got (2, 0, 9)"),
-    ((MAP, MAP[:1]), "key_map must be (2, 4, ...) to match query_map, got (1, 4, 9)"),
-    ((MAP, MAP[:, :3]), "key_map must be (2, 4, ...) to match query_map, got (2, 3, 9)"),
-    ((MAP, MAP.double()), "key_map must be float32 to match query_map, got float64"),
-    ((MAP, MAP[:, :, :0]), "key_map must have at least one position, got (2, 4, 0)"),
-]
-
-
-@pytest.mark.parametrize(("maps", "message"), WRONG_MAPS, ids=[m for _, m in WRONG_MAPS])
-def test_wrong_maps_are_named_alike_compiled_and_traced(maps, message):
-    for device in ("cpu", "meta"):
-        with pytest.raises(RuntimeError) as error:
-            torch.ops.medmoco.dense_match(*(tensor.to(device) for tensor in maps))
-        assert str(error.value) == f"dense_match: {message}"
-
-
 ONES = torch.ones(6, 8)
 IMAGE = torch.ones(2, 4, 3, 3)
+MAP = IMAGE.flatten(2)
+raw_dense_match = torch.ops.medmoco.dense_match  # takes no (height, width)
 zca_whiten_backward = torch.ops.medmoco.zca_whiten_backward
 # Mean, matrix, scale and vectors of ONES in two groups.
 WHITENING = torch.ones(8), torch.ones(2, 4, 4), torch.ones(2, 4), torch.ones(2, 4, 4)
@@ -230,6 +211,38 @@ WRONG_CALLS = [
         dense_match,
         (IMAGE, IMAGE[:, :, :0]),
         "key_map must have at least one position, got (2, 4, 0, 3)",
+    ),
+    (raw_dense_match, (MAP[0], MAP), "query_map must be (batch, channels, positions), got (4, 9)"),
+    (
+        raw_dense_match,
+        (MAP, MAP[None]),
+        "key_map must be (batch, channels, positions), got (1, 2, 4, 9)",
+    ),
+    (
+        raw_dense_match,
+        (MAP.int(), MAP),
+        "query_map must be float32, float64, bfloat16 or float16, got int32",
+    ),
+    (raw_dense_match, (MAP[:, :0], MAP), "query_map must have at least one channel, got (2, 0, 9)"),
+    (
+        raw_dense_match,
+        (MAP, MAP[:1]),
+        "key_map must be (2, 4, ...) to match query_map, got (1, 4, 9)",
+    ),
+    (
+        raw_dense_match,
+        (MAP, MAP[:, :3]),
+        "key_map must be (2, 4, ...) to match query_map, got (2, 3, 9)",
+    ),
+    (
+        raw_dense_match,
+        (MAP, MAP.double()),
+        "key_map must be float32 to match query_map, got float64",
+    ),
+    (
+        raw_dense_match,
+        (MAP, MAP[:, :, :0]),
+        "key_map must have at least one position, got (2, 4, 0)",
     ),
 ]
 
