@@ -7,6 +7,7 @@
 
 #include <torch/csrc/stable/tensor.h>
 
+#include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <cstdio>
@@ -67,6 +68,11 @@ inline bool is_floating(const Tensor& tensor) {
   const ScalarType dtype = tensor.scalar_type();
   return dtype == ScalarType::Float || dtype == ScalarType::Double || dtype == ScalarType::Half ||
          dtype == ScalarType::BFloat16;
+}
+
+// What is accumulated in: float64 for float64, float32 for all else.
+inline ScalarType wide_dtype(const Tensor& tensor) {
+  return tensor.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
 }
 
 inline void check_same_kind(const char* op, const char* name, const Tensor& tensor,
@@ -242,6 +248,31 @@ inline void check_zca_whiten_backward(const Tensor& grad_whitened, const Tensor&
       vectors.size(1) != size || vectors.size(2) != size) {
     fail(op, ": vectors must be ", kind, " ", shape_text(matrix), ", got ", dtype_text(vectors),
          " ", shape_text(vectors));
+  }
+}
+
+inline void check_covariance_loss(const Tensor& features) {
+  check_features("covariance_loss", features, 2);
+}
+
+inline void check_covariance_loss_backward(const Tensor& grad_loss, const Tensor& features,
+                                           const Tensor& mean, const Tensor& matrix) {
+  const char* op = "covariance_loss_backward";
+  check_features(op, features, 2);
+  const ScalarType dtype = wide_dtype(features);
+  const char* expected = dtype == ScalarType::Double ? "float64" : "float32";
+  if (grad_loss.scalar_type() != dtype || grad_loss.dim() != 0) {
+    fail(op, ": grad_loss must be ", expected, " (), got ", dtype_text(grad_loss), " ",
+         shape_text(grad_loss));
+  }
+  const int64_t dims = features.size(1), side = std::min(features.size(0), dims);
+  if (mean.scalar_type() != ScalarType::Double || mean.dim() != 1 || mean.size(0) != dims) {
+    fail(op, ": mean must be float64 (", dims, ",), got ", dtype_text(mean), " ", shape_text(mean));
+  }
+  if (matrix.scalar_type() != dtype || matrix.dim() != 2 || matrix.size(0) != side ||
+      matrix.size(1) != side) {
+    fail(op, ": matrix must be ", expected, " (", side, ", ", side, "), got ", dtype_text(matrix),
+         " ", shape_text(matrix));
   }
 }
 

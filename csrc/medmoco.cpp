@@ -21,4 +21,10 @@ STABLE_TORCH_LIBRARY(medmoco, m) {
   m.def(
       "zca_whiten_backward(Tensor grad_whitened, Tensor features, Tensor mean, Tensor matrix, "
       "Tensor scale, Tensor vectors, bool allow_tf32=False) -> Tensor grad_features");
+  m.def(
+      "covariance_loss(Tensor features, bool allow_tf32=False) "
+      "-> (Tensor loss, Tensor mean, Tensor matrix)");
+  m.def(
+      "covariance_loss_backward(Tensor grad_loss, Tensor features, Tensor mean, Tensor matrix, "
+      "bool allow_tf32=False) -> Tensor grad_features");
 }

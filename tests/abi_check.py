@@ -13,6 +13,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import medmoco
 from medmoco._C import build_info
+from medmoco.ops.covariance_loss import covariance_loss, covariance_loss_reference
 from medmoco.ops.dense_match import dense_match, dense_match_reference
 from medmoco.ops.queue_info_nce import queue_info_nce, queue_info_nce_reference
 from medmoco.ops.zca_whiten import zca_whiten, zca_whiten_reference
@@ -74,8 +75,25 @@ def dense_match_error(dtype: torch.dtype, batch: int, channels: int, positions: 
     return max(float(error) for error in errors)
 
 
+def loss_and_gradient(function, features):
+    features = features.clone().requires_grad_()
+    loss = function(features)
+    return loss.detach(), torch.autograd.grad(loss, features)[0]
+
+
+def covariance_loss_error(dtype: torch.dtype, samples: int, dims: int) -> float:
+    generator = torch.Generator().manual_seed(0)
+    rows = (torch.randn(samples, dims, generator=generator) + 1).to(dtype)
+    found = loss_and_gradient(covariance_loss, rows)
+    expected = loss_and_gradient(covariance_loss_reference, rows.double())
+    return max(
+        float((b - a).abs().max() / b.abs().max()) for a, b in zip(found, expected, strict=True)
+    )
+
+
 CASES = {
     queue_info_nce_error: [(5, 37, 9), (67, 1000, 127), (3, 9001, 17)],
+    covariance_loss_error: [(300, 103), (103, 300), (7, 20), (3001, 5)],
     zca_whiten_error: [(70, 66, 33), (600, 8, 4)],
     dense_match_error: [(2, 3, 5), (1, 127, 131)],
 }

@@ -118,6 +118,9 @@ IMAGE = torch.ones(2, 4, 3, 3)
 MAP = IMAGE.flatten(2)
 raw_dense_match = torch.ops.medmoco.dense_match  # takes no (height, width)
 zca_whiten_backward = torch.ops.medmoco.zca_whiten_backward
+covariance_loss_backward = torch.ops.medmoco.covariance_loss_backward
+# Gradient of the loss, features with fewer samples than dimensions, their mean and matrix.
+COVARIANCE = ONES[0, 0], ONES, torch.ones(8, dtype=torch.float64), torch.ones(6, 6)
 # Mean, matrix, scale and vectors of ONES in two groups.
 WHITENING = torch.ones(8), torch.ones(2, 4, 4), torch.ones(2, 4), torch.ones(2, 4, 4)
 WRONG_CALLS = [
@@ -128,6 +131,36 @@ WRONG_CALLS = [
         "features must be float32, float64, bfloat16 or float16, got int32",
     ),
     (covariance_loss, (ONES[:1],), "features must have at least 2 samples, got 1"),
+    (
+        covariance_loss_backward,
+        (ONES[0], *COVARIANCE[1:]),
+        "grad_loss must be float32 (), got float32 (8,)",
+    ),
+    (
+        covariance_loss_backward,
+        (COVARIANCE[0].double(), *COVARIANCE[1:]),
+        "grad_loss must be float32 (), got float64 ()",
+    ),
+    (
+        covariance_loss_backward,
+        (COVARIANCE[0], ONES[:1], *COVARIANCE[2:]),
+        "features must have at least 2 samples, got 1",
+    ),
+    (
+        covariance_loss_backward,
+        (*COVARIANCE[:2], ONES[0], COVARIANCE[3]),
+        "mean must be float64 (8,), got float32 (8,)",
+    ),
+    (
+        covariance_loss_backward,
+        (*COVARIANCE[:3], torch.ones(8, 8)),
+        "matrix must be float32 (6, 6), got float32 (8, 8)",
+    ),
+    (
+        covariance_loss_backward,
+        (COVARIANCE[0].double(), ONES.double(), *COVARIANCE[2:]),
+        "matrix must be float64 (6, 6), got float32 (6, 6)",
+    ),
     (zca_whiten, (ONES[:0], 4, 1e-3), "features must have at least 1 sample, got 0"),
     (zca_whiten, (ONES, 3, 1e-3), "group_size must divide the 8 features, got 3"),
     (zca_whiten, (ONES, 0, 1e-3), "group_size must divide the 8 features, got 0"),

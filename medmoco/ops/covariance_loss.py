@@ -1,10 +1,21 @@
 """VICReg's covariance term: the off-diagonal covariance of the features, squared."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
-from medmoco.ops.checks import check_features
-from medmoco.ops.dispatch import autocast_off, wide_dtype
+from medmoco.ops.checks import check_features, dtype_text, shape_text
+from medmoco.ops.dispatch import (
+    autocast_off,
+    has_kernel,
+    refuse_forward_mode,
+    refuse_second_derivative,
+    register_autocast,
+    tf32_allowed,
+    wide_dtype,
+    wide_operands,
+)
 
 OP = "covariance_loss"
 DIRECT_COLUMNS = 16  # of largest variance, kept out of the Gram form's subtraction
@@ -25,11 +36,18 @@ def covariance_loss(features: Tensor) -> Tensor:
         The loss, a float32 scalar (float64 for float64).
 
     Raises:
-        RuntimeError: features is not 2-D or not floating, or has fewer than 2 samples.
+        RuntimeError: features is not 2-D or not floating, or has fewer than 2 samples; a second
+            or a forward-mode derivative is asked for.
 
     [1] Bardes et al., "VICReg: Variance-Invariance-Covariance Regularization", 2022,
         arXiv:2105.04906.
     """
+    if has_kernel(OP, features.device):
+        refuse_forward_mode(OP, features)
+        loss, _, _ = torch.ops.medmoco.covariance_loss(
+            features, features.is_cuda and tf32_allowed()
+        )
+        return loss
     check_features(OP, features, least_samples=2)
     samples, dims = features.shape
     with autocast_off(features.device.type):
@@ -70,3 +88,64 @@ def _gram_form(features: Tensor) -> Tensor:
     rest = centred.masked_fill(is_direct, 0)
     rest_sum = (rest @ rest.T).square().sum() - rest.square().sum(0).square().sum()
     return (direct + rest_sum) / ((samples - 1) ** 2 * dims)
+
+
+@torch.library.register_fake("medmoco::covariance_loss")
+def _fake(features: Tensor, allow_tf32: bool = False) -> tuple[Tensor, Tensor, Tensor]:
+    check_features(OP, features, least_samples=2)
+    dtype = wide_dtype(features)
+    loss = features.new_empty((), dtype=dtype)
+    mean = features.new_empty(features.shape[1], dtype=torch.float64)
+    side = _side(features)
+    return loss, mean, features.new_empty(side, side, dtype=dtype)
+
+
+def _side(features: Tensor) -> int | torch.SymInt:
+    """Of the matrix: the covariance, or the Gram matrix where there are fewer samples."""
+    return torch.sym_min(*features.shape)
+
+
+@torch.library.register_fake("medmoco::covariance_loss_backward")
+def _fake_backward(
+    grad_loss: Tensor, features: Tensor, mean: Tensor, matrix: Tensor, allow_tf32: bool = False
+) -> Tensor:
+    _check_backward(grad_loss, features, mean, matrix)
+    return features.new_empty(features.shape)
+
+
+def _check_backward(grad_loss: Tensor, features: Tensor, mean: Tensor, matrix: Tensor) -> None:
+    op = f"{OP}_backward"
+    check_features(op, features, least_samples=2)
+    dtype, side = wide_dtype(features), _side(features)
+    for name, tensor, expected_dtype, shape in (
+        ("grad_loss", grad_loss, dtype, ()),
+        ("mean", mean, torch.float64, features.shape[1:]),
+        ("matrix", matrix, dtype, (side, side)),
+    ):
+        if tensor.dtype != expected_dtype or tensor.shape != shape:
+            expected = str(expected_dtype).removeprefix("torch.")
+            raise RuntimeError(
+                f"{op}: {name} must be {expected} {tuple(shape)}, "
+                f"got {dtype_text(tensor)} {shape_text(tensor)}"
+            )
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    features, allow_tf32 = inputs
+    _, mean, matrix = output
+    ctx.mark_non_differentiable(mean, matrix)
+    ctx.save_for_backward(features, mean, matrix)
+    ctx.allow_tf32 = allow_tf32
+
+
+def _backward(ctx: Any, grad_loss: Tensor, *_: Any) -> tuple[Tensor, None]:
+    features, mean, matrix = ctx.saved_tensors
+    grad_features = torch.ops.medmoco.covariance_loss_backward(
+        grad_loss, features, mean, matrix, ctx.allow_tf32
+    )
+    return grad_features, None
+
+
+torch.library.register_autograd("medmoco::covariance_loss", _backward, setup_context=_setup_context)
+refuse_second_derivative(OP)
+register_autocast(OP, 1, wide_operands)
