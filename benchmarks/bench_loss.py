@@ -1,0 +1,162 @@
+"""Times the operators against eager PyTorch and against what a skilled user would write instead.
+
+    python benchmarks/bench_loss.py
+    python benchmarks/bench_loss.py --op dense_match --sizes B=4,C=128,S=1024 --json match.json
+
+Every contestant is checked against float64 first; one that fails is not timed. Contestants of a
+case are timed in turns, together with a large matrix product and a large copy, whose rates give the
+floor. Exit status: 0; 1 if a result of medmoco's is wrong; 2 for flags that make no sense.
+"""
+
+import argparse
+import sys
+import warnings
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from cases import OPERATIONS
+from contest import Case, run_case
+from operation import Operation, Size
+from reporting import (
+    LEGEND,
+    OURS,
+    case_text,
+    describe_environment,
+    environment_text,
+    write_results,
+)
+from scaling import draw_scaling, scaling_cases
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the cases that the flags ask for, and returns the exit status."""
+    flags, cases = parse_flags(argv)
+    if flags.threads is not None:
+        torch.set_num_threads(flags.threads)
+    warnings.filterwarnings("ignore", category=FutureWarning, module="torch._inductor")
+    environment = describe_environment(flags.device)
+    print(environment_text(environment), LEGEND, sep="\n")
+    if flags.plot is not None:
+        cases += scaling_cases(DTYPES[flags.dtype], flags.device, quick=flags.quick)
+
+    results = []
+    with tqdm(cases, unit="case", disable=None, dynamic_ncols=True) as bar:
+        for case in bar:
+            bar.set_description(f"{case.operation.name} {case.shape()}")
+            rows = run_case(case, quick=flags.quick)
+            results.append((case, rows))
+            bar.write(f"\n{case_text(rows)}", file=sys.stdout)
+
+    rows = [row for _, rows in results for row in rows]
+    write_results(environment, rows, flags.csv, flags.json)
+    if flags.plot is not None:
+        draw_scaling(flags.plot, environment, results)
+    failed = [row for row in rows if row.contestant == OURS and row.status == "FAILED"]
+    for row in failed:
+        text = f"FAILED: {row.op} {row.shape} {row.pass_name}: {row.note}"
+        print(text, file=sys.stderr)
+    return 1 if failed else 0
+
+
+def parse_size(text: str, operation: Operation) -> Size:
+    """`N=256,D=2048` as a size of an operator.
+
+    Raises:
+        ValueError: names or values are not those of the operator.
+    """
+    optional = operation.optional
+    wanted = ",".join(f"{d}=..." for d in operation.dims)
+    also = f" (optionally {', '.join(f'{o}=1' for o in optional)})" if optional else ""
+    parts = [part.partition("=") for part in text.split(",")]
+    names = [name for name, _, _ in parts]
+    known = {*operation.dims, *optional}
+    if len(set(names)) != len(names) or not set(operation.dims) <= set(names) <= known:
+        raise ValueError(f"{operation.name} takes {wanted}{also}, got {text!r}")
+    if not all(value.isascii() and value.isdigit() for _, _, value in parts):
+        raise ValueError(f"sizes must be whole numbers, got {text!r}")
+    size = {name: int(value) for name, _, value in parts}
+    complaint = operation.complaint(size)
+    if complaint:
+        raise ValueError(f"{operation.name}: {complaint}")
+    return {name: size[name] for name in (*operation.dims, *optional) if name in size}
+
+
+def _parser() -> argparse.ArgumentParser:
+    description, _, rest = (__doc__ or "").partition("\n\n")
+    parser = argparse.ArgumentParser(
+        description=description,
+        epilog=rest,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    add = parser.add_argument
+    add("--op", nargs="+", choices=OPERATIONS, default=list(OPERATIONS), help="default: all")
+    add("--device", help="cpu, cuda, cuda:1; default: cuda if there is a GPU")
+    add("--dtype", choices=DTYPES, default="float32", help="of the operands; default: float32")
+    add("--sizes", nargs="+", help="for one --op, such as N=256,K=65536,C=128")
+    add("--quick", action="store_true", help="small sizes and no compiling: seconds")
+    add("--threads", type=int, help="of the CPU; default: PyTorch's choice")
+    add("--csv", type=Path, metavar="FILE", help="write a line a row")
+    add("--json", type=Path, metavar="FILE", help="write rows and environment")
+    add(
+        "--plot",
+        type=Path,
+        metavar="FILE.png",
+        help="also measure queue_info_nce over batch and queue sizes, minutes, and draw it",
+    )
+    return parser
+
+
+def parse_flags(argv: Sequence[str] | None) -> tuple[argparse.Namespace, list[Case]]:
+    """Flags and the cases they ask for. Exits with status 2 if they make no sense."""
+    parser = _parser()
+    flags = parser.parse_args(argv)
+    flags.device = _device(parser, flags.device)
+    if flags.threads is not None and flags.threads < 1:
+        parser.error(f"--threads: expected at least 1, got {flags.threads}")
+    if flags.sizes and len(flags.op) != 1:
+        parser.error(f"--sizes: expected a single --op, got {' '.join(flags.op)}")
+    for flag in ("csv", "json", "plot"):
+        path = getattr(flags, flag)
+        if path is not None and (path.is_dir() or not path.absolute().parent.is_dir()):
+            parser.error(f"--{flag}: expected a file in an existing folder, got {path}")
+    if flags.plot is not None and flags.plot.suffix != ".png":
+        parser.error(f"--plot: expected a name that ends in .png, got {flags.plot}")
+    try:
+        return flags, list(_cases(flags))
+    except ValueError as error:
+        parser.error(f"--sizes: {error}")
+
+
+def _device(parser: argparse.ArgumentParser, name: str | None) -> torch.device:
+    if name is None:
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        parser.error(f"--device: expected cpu or cuda, got {name}")
+    if device.type not in ("cpu", "cuda"):
+        parser.error(f"--device: expected cpu or cuda, got {name}")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        parser.error(f"--device: torch sees no {device}")
+    return device
+
+
+def _cases(flags: argparse.Namespace) -> Iterator[Case]:
+    for name in flags.op:
+        operation = OPERATIONS[name]
+        sizes: Sequence[Size] = operation.quick_sizes if flags.quick else operation.sizes
+        if flags.sizes:
+            sizes = [parse_size(text, operation) for text in flags.sizes]
+        for size in sizes:
+            for backward in operation.passes():
+                yield Case(operation, size, DTYPES[flags.dtype], flags.device, backward)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
