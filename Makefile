@@ -1,4 +1,4 @@
-.PHONY: setup format check test
+.PHONY: setup format check test bench
 
 PYTHON ?= python
 
@@ -18,3 +18,7 @@ check:
 
 test:
 	$(PYTHON) -m pytest
+
+# make bench BENCH=--quick: small sizes, in seconds
+bench:
+	$(PYTHON) benchmarks/bench_loss.py $(BENCH)
