@@ -150,11 +150,16 @@ def _device(parser: argparse.ArgumentParser, name: str | None) -> torch.device:
 def _cases(flags: argparse.Namespace) -> Iterator[Case]:
     for name in flags.op:
         operation = OPERATIONS[name]
-        sizes: Sequence[Size] = operation.quick_sizes if flags.quick else operation.sizes
+        passes = operation.passes()
         if flags.sizes:
-            sizes = [parse_size(text, operation) for text in flags.sizes]
-        for size in sizes:
-            for backward in operation.passes():
+            chosen = [(parse_size(text, operation), passes) for text in flags.sizes]
+        elif flags.quick:
+            chosen = [(size, passes) for size in operation.quick_sizes]
+        else:
+            chosen = [(size, passes) for size in operation.sizes]
+            chosen += [(size, passes[-1:]) for size in operation.large_sizes]
+        for size, wanted in chosen:
+            for backward in wanted:
                 yield Case(operation, size, DTYPES[flags.dtype], flags.device, backward)
 
 

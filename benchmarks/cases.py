@@ -33,9 +33,9 @@ class QueueInfoNCE(Operation):
     optional = ("ids",)
     sizes = (
         {"N": 256, "K": 65536, "C": 128},
-        {"N": 1568, "K": 65536, "C": 128},
         {"N": 256, "K": 65536, "C": 128, "ids": 1},
     )
+    large_sizes = ({"N": 1568, "K": 65536, "C": 128},)
     quick_sizes = ({"N": 32, "K": 1024, "C": 64}, {"N": 32, "K": 1024, "C": 64, "ids": 1})
     temperature = 0.2
     # Of the loss, and of the gradient relative to its largest entry, measured against float64 at
@@ -155,7 +155,8 @@ class DenseMatch(Operation):
 class CovarianceLoss(Operation):
     name = "covariance_loss"
     dims = ("N", "D")
-    sizes = ({"N": 256, "D": 2048}, {"N": 256, "D": 8192}, {"N": 12544, "D": 512})
+    sizes = ({"N": 256, "D": 2048}, {"N": 12544, "D": 512})
+    large_sizes = ({"N": 256, "D": 8192},)
     quick_sizes = ({"N": 32, "D": 128}, {"N": 256, "D": 64})
 
     def complaint(self, size: Size) -> str | None:

@@ -80,7 +80,7 @@ def run_case(case: Case, *, quick: bool) -> list[Row]:
         memory = extra_memory(partial(contest.returned, name), case.device)
         contest.rows[name].peak_mib = None if memory is None else memory / MIB
     if passed:
-        _time(contest, passed, seconds=0.1 if quick else 3.0, quick=quick)
+        _time(contest, passed, seconds=0.1 if quick else 2.0, quick=quick)
     return list(contest.rows.values())
 
 

@@ -6,7 +6,8 @@ import resource
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -18,6 +19,7 @@ from torch import Tensor
 LEAST_REPEATS, MOST_REPEATS = 3, 100
 CLEAR_REFS = Path("/proc/self/clear_refs")
 BALLAST_BYTES = 2**18
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of malloc.h
 LONGEST_PRODUCT = 1.0  # seconds
 
 
@@ -81,9 +83,10 @@ def _time_each(calls: Sequence[Callable[[], object]], device: torch.device) -> l
 def extra_memory(call: Callable[[], Iterable[Tensor]], device: torch.device) -> int | None:
     """Bytes that a call holds at most, beyond what was there before and what it returns.
 
-    On CUDA by the allocator's count; on the CPU by the resident pages of the process, so that
-    nothing escapes, whoever allocates it. Call it once before: what a library sets up for good at
-    first use is not part of it. Collect garbage before, lest it be freed meanwhile.
+    On CUDA by the allocator's count. On the CPU by the resident pages of the process, so that
+    nothing escapes, whoever allocates it; large blocks are mapped on their own meanwhile, else what
+    is freed would often stay. Call it once before: what a library sets up for good at first use is
+    not part of it. Collect garbage before, lest it be freed meanwhile.
 
     Returns:
         Bytes; None where the system does not tell.
@@ -96,15 +99,31 @@ def extra_memory(call: Callable[[], Iterable[Tensor]], device: torch.device) -> 
         torch.cuda.synchronize(device)
         peak = torch.cuda.max_memory_allocated(device) - before
     else:
-        ballast = _lower_high_water()
-        before = _high_water()
-        returned = call()
-        peak = _high_water() - before
-        del ballast
+        with _blocks_mapped_apart():
+            ballast = _lower_high_water()
+            before = _high_water()
+            returned = call()
+            peak = _high_water() - before
+            del ballast
         if not before:
             return None
     storages = {t.untyped_storage().data_ptr(): t.untyped_storage() for t in returned}
     return max(0, peak - sum(storage.nbytes() for storage in storages.values()))
+
+
+@contextmanager
+def _blocks_mapped_apart() -> Iterator[None]:
+    """Makes glibc give large blocks back to the system as soon as they are freed."""
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is None:
+        yield
+        return
+    mallopt(M_MMAP_THRESHOLD, 2**16)
+    try:
+        yield
+    finally:  # where glibc's own adjustment of the thresholds ends once large blocks were freed
+        mallopt(M_MMAP_THRESHOLD, 2**25)
+        mallopt(M_TRIM_THRESHOLD, 2**26)
 
 
 def _lower_high_water() -> list[bytes]:

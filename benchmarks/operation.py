@@ -52,12 +52,16 @@ def run_pass(function: Callable[..., Any], inputs: Inputs, *, backward: bool) ->
 
 
 class Operation(ABC):
-    """One operator. `sizes` are the cases run by default, `quick_sizes` those of --quick."""
+    """One operator. `sizes` are run by default, `quick_sizes` by --quick.
+
+    `large_sizes` are run by default in the last pass alone, lest a run take too long.
+    """
 
     name: str
     dims: tuple[str, ...]
     optional: tuple[str, ...] = ()
     sizes: Sequence[Size]
+    large_sizes: Sequence[Size] = ()
     quick_sizes: Sequence[Size]
     differentiable = True
 
