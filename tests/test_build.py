@@ -80,7 +80,9 @@ def test_kernels_of_every_instruction_set_match_the_reference(kernels):
 
 @pytest.mark.parametrize("operator", OPERATORS)
 def test_operator_has_all_of_its_parts(operator):
-    """Its CUDA kernel, or that there is none, stands in the README: see the next test."""
+    """The README tells of its CUDA kernels or that there are none, see the next test; the test of
+    the benchmark asks for its row.
+    """
     for part in ("csrc/cpu/{}.cpp", "medmoco/ops/{}.py", "tests/test_{}.py"):
         assert (ROOT / part.format(operator)).is_file(), part
     module = importlib.import_module(f"medmoco.ops.{operator}")
