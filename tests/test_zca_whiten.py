@@ -17,7 +17,8 @@ SHAPES = [  # samples, features, group_size
     (7, 6, 3),
     (40, 24, 8),
     (33, 12, 1),
-    (600, 67, 67),
+    (150, 128, 64),
+    (600, 67, 67),  # by LAPACK from 65 on
     (300, 256, 128),
     (70, 0, 4),
 ]
@@ -56,7 +57,7 @@ def worst(found, expected):
 
 def rounding(dtype):
     """What a chain of a few products and a decomposition may lose, of the largest value."""
-    return 16 * torch.finfo(dtype).eps
+    return 64 * torch.finfo(dtype).eps
 
 
 def duplicated(samples, features, dtype=torch.float64):
@@ -112,7 +113,7 @@ def test_error_is_at_most_twice_that_of_eager(dtype, shape, compiled, device, mo
     by_eager = zca_whiten_reference(drawn, group_size, 0.1)
     for ours, exact, theirs in zip(found, truth, by_eager, strict=True):
         assert ours.shape == exact.shape
-        allowed = 2 * worst(theirs, exact) + rounding(accumulated) + rounding(ours.dtype) / 4
+        allowed = 2 * worst(theirs, exact) + rounding(accumulated) + 4 * torch.finfo(ours.dtype).eps
         assert worst(ours, exact) <= allowed
 
 
@@ -132,7 +133,7 @@ def test_gradient_error_is_at_most_twice_that_of_eager(dtype, shape, compiled, d
     assert found.dtype == dtype and found.isfinite().all()
     # Eager's gradient is NaN for equal eigenvalues.
     theirs = worst(by_eager, truth) if by_eager.isfinite().all() else 0.0
-    assert worst(found, truth) <= 2 * theirs + 4 * rounding(dtype)
+    assert worst(found, truth) <= 2 * theirs + rounding(dtype)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -229,14 +230,14 @@ def test_what_is_not_finite_reaches_its_group_alone(value, compiled, device, mon
         torch.testing.assert_close(found[:, part], clean_gradient[:, part])
 
 
-def test_same_input_gives_same_bits():
+def test_same_input_gives_same_bits_at_any_number_of_threads():
     threads = torch.get_num_threads()
     for shape in ((256, 512, 64), (3000, 40, 40)):
         features = correlated(*shape[:2])
+        expected = whitened_and_gradient(zca_whiten, features, shape[2], 1e-3)
         try:
             for count in (1, 2):
                 torch.set_num_threads(count)
-                expected = whitened_and_gradient(zca_whiten, features, shape[2], 1e-3)
                 for _ in range(20):
                     found = whitened_and_gradient(zca_whiten, features, shape[2], 1e-3)
                     assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
@@ -244,11 +245,12 @@ def test_same_input_gives_same_bits():
             torch.set_num_threads(threads)
 
 
-def test_runs_in_inference_mode(device):
-    features = correlated(70, 24, device=device)
-    expected = zca_whiten(features, 4, 1e-3)
+@pytest.mark.parametrize("group_size", [4, 96])
+def test_runs_in_inference_mode(group_size, device):
+    features = correlated(300, 192, device=device)
+    expected = zca_whiten(features, group_size, 1e-3)
     with torch.inference_mode():
-        found = zca_whiten(features.clone(), 4, 1e-3)
+        found = zca_whiten(features.clone(), group_size, 1e-3)
     assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
 
 

@@ -2,7 +2,9 @@
 //
 // Threads share out groups, panels of columns and blocks of rows. What they share is cut by the
 // shape alone and added up in a fixed order, so the bits do not depend on how many threads there
-// are.
+// are (but LAPACK's may, for groups of more than kLargestOwnSize).
+
+#include "zca_whiten.h"
 
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
@@ -17,59 +19,16 @@
 #include <vector>
 
 #include "../checks.h"
-#include "eigh.h"
-#include "operand.h"
-
-namespace medmoco {
-namespace {
-
-constexpr int64_t kTileRows = 256;   // rows that are centred and multiplied at a time
-constexpr int64_t kLeastParts = 64;  // what a pass is cut into, for as many threads
-
-// Scalar is what the operands hold, T what is computed with: float, or double for double.
-template <typename T, typename Scalar>
-struct Centred {
-  Matrix<T, Scalar> values;
-  const T* mean;  // of each column
-};
-
-template <typename T, typename Scalar>
-struct Term {
-  Centred<T, Scalar> rows;
-  const T* matrices;  // (groups, group_size, group_size)
-};
-
-// What a thread works on at a time: rows of one group, some panels of its columns.
-struct Part {
-  int64_t column, group_size, first_row, last_row;
-  int64_t first_panel = 0, last_panel = 0;
-};
-
-template <typename T>
-struct Workspace {
-  std::vector<T> tile, panel, product;
-};
-
-// The functions of zca_whiten.inl, compiled for one instruction set.
-template <typename T, typename Scalar>
-struct Kernels {
-  int64_t panel_rows;
-  void (*sum)(const Matrix<T, Scalar>&, const Part&, Workspace<T>&, double*);
-  void (*moment)(const Centred<T, Scalar>&, const Centred<T, Scalar>&, bool, const Part&,
-                 Workspace<T>&, T*);
-  void (*compose)(const T*, const T*, int64_t, Workspace<T>&, T*);
-  void (*covariance_gradient)(const T*, const T*, const T*, int64_t, int64_t, Workspace<T>&, T*);
-  void (*apply)(const std::vector<Term<T, Scalar>>&, const Part&, Workspace<T>&, Scalar*, int64_t);
-};
-
-}  // namespace
-}  // namespace medmoco
+#include "lapack.h"
 
 #define MEDMOCO_KERNELS "zca_whiten.inl"
 #include "for_each_instruction_set.h"
 
 namespace medmoco {
 namespace {
+
+constexpr int64_t kLargestOwnSize = 64;  // beyond it the blocked algorithms of LAPACK are faster
+constexpr int64_t kLeastParts = 64;      // what a pass is cut into, for as many threads
 
 template <typename T, typename Scalar>
 Kernels<T, Scalar> choose_kernels() {
@@ -198,47 +157,39 @@ struct Decomposition {
 };
 
 // Of the groups [first, last): eigenvectors, scale = (max(l, 0) + eps)^{-1/2}, and the whitening
-// matrix. All of them NaN where the covariance is not finite. False if LAPACK fails.
+// matrix. All of them NaN where the covariance is not finite. False if no decomposition is found.
 template <typename T, typename Scalar>
 bool decompose(const Whitening<T, Scalar>& problem,
                const typename Whitening<T, Scalar>::Moments& moments, double eps, int64_t first,
                int64_t last, const Decomposition<T>& out) {
-  const int64_t size = problem.size, area = size * size;
-  constexpr ScalarType dtype = sizeof(T) == sizeof(double) ? ScalarType::Double : ScalarType::Float;
-  Tensor covariances = torch::stable::empty({last - first, size, size}, dtype);
-  T* covariance = static_cast<T*>(covariances.mutable_data_ptr());
-  std::vector<bool> finite(last - first, true);
-  for (int64_t group = first; group < last; ++group, covariance += area) {
-    moments.copy(group, covariance);
+  const int64_t size = problem.size, area = size * size, count = last - first;
+  std::vector<T> covariances(count * area), values(count * size);
+  std::vector<bool> finite(count, true);
+  for (int64_t i = 0; i < count; ++i) {
+    T* covariance = covariances.data() + i * area;
+    moments.copy(first + i, covariance);
     for (int64_t e = 0; e < area; ++e) {
       covariance[e] /= T(problem.samples);
-      if (!std::isfinite(covariance[e])) finite[group - first] = false;
+      if (!std::isfinite(covariance[e])) finite[i] = false;
     }
-    if (!finite[group - first]) std::fill_n(covariance, area, T(0));
+    if (!finite[i]) std::fill_n(covariance, area, T(0));
   }
-  const auto found = eigh(covariances);
-  if (!found) return false;
-  const auto& [eigenvalues, eigenvectors] = *found;
-  const T* values = static_cast<const T*>(eigenvalues.const_data_ptr());
-  const T* columns = static_cast<const T*>(eigenvectors.const_data_ptr());
-  const int64_t row_stride = eigenvectors.stride(1), column_stride = eigenvectors.stride(2);
+  const auto eigh = size <= kLargestOwnSize ? problem.kernels.eigh : eigh_by_lapack<T>;
+  if (!eigh(covariances.data(), count, size, values.data(), out.vectors + first * area)) {
+    return false;
+  }
   Workspace<T> work;
-  for (int64_t group = first; group < last; ++group) {
-    T* scale = out.scale + group * size;
-    T* vectors = out.vectors + group * area;
-    const T* from = columns + (group - first) * area;
-    for (int64_t i = 0; i < size; ++i) {
-      const T value = values[(group - first) * size + i];
-      scale[i] = T(1) / std::sqrt(std::max(value, T(0)) + T(eps));
-      for (int64_t j = 0; j < size; ++j) {
-        vectors[i * size + j] = from[i * row_stride + j * column_stride];
-      }
+  for (int64_t i = 0; i < count; ++i) {
+    T* scale = out.scale + (first + i) * size;
+    T* vectors = out.vectors + (first + i) * area;
+    for (int64_t k = 0; k < size; ++k) {
+      scale[k] = T(1) / std::sqrt(std::max(values[i * size + k], T(0)) + T(eps));
     }
-    if (!finite[group - first]) {
+    if (!finite[i]) {
       std::fill_n(scale, size, std::numeric_limits<T>::quiet_NaN());
       std::fill_n(vectors, area, std::numeric_limits<T>::quiet_NaN());
     }
-    problem.kernels.compose(vectors, scale, size, work, out.matrix + group * area);
+    problem.kernels.compose(vectors, scale, size, work, out.matrix + (first + i) * area);
   }
   return true;
 }

@@ -5,6 +5,8 @@
 // for the product, so that no centred copy of the whole exists.
 
 #include "multiply.inl"
+// After it, for its lanes.
+#include "eigh.inl"
 
 // Adds the columns of one group over the rows of a part.
 template <typename T, typename Scalar>
@@ -176,6 +178,8 @@ void apply_kernel(const std::vector<Term<T, Scalar>>& terms, const Part& part, W
 
 template <typename T, typename Scalar>
 Kernels<T, Scalar> all_kernels() {
-  return {kPanelRows<T>,     sum_kernel<T, Scalar>,         moment_kernel<T, Scalar>,
-          compose_kernel<T>, covariance_gradient_kernel<T>, apply_kernel<T, Scalar>};
+  return {kPanelRows<T>,          eigh_kernel<T>,
+          sum_kernel<T, Scalar>,  moment_kernel<T, Scalar>,
+          compose_kernel<T>,      covariance_gradient_kernel<T>,
+          apply_kernel<T, Scalar>};
 }
