@@ -1,4 +1,4 @@
-// Eigendecomposition of small symmetric matrices, included after lanes.inl.
+// Eigendecomposition of small symmetric matrices, included after lanes.inl and aligned.h.
 //
 // Householder reflections to tridiagonal form, then implicit QL steps (Golub & Van Loan, "Matrix
 // Computations", 8.3). Reflections and rotations of the eigenvectors are vectorised within a
@@ -12,10 +12,10 @@ constexpr int kMostSteps = 60;  // for one eigenvalue; two or three do
 template <typename T>
 struct Eigenproblem {
   int64_t size, stride;
-  std::vector<T> vectors;               // [matrix][row][column], see each step
-  std::vector<T> reflector, product;    // [column]
-  std::vector<double> diagonal, below;  // [row][matrix]
-  std::vector<double> cosine, sine;     // [row][matrix], of one QL step
+  AlignedVector<T> vectors;               // [matrix][row][column], see each step
+  AlignedVector<T> reflector, product;    // [column]
+  AlignedVector<double> diagonal, below;  // [row][matrix]
+  AlignedVector<double> cosine, sine;     // [row][matrix], of one QL step
 
   explicit Eigenproblem(int64_t n)
       : size(n),

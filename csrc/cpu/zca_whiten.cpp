@@ -20,6 +20,7 @@
 
 #include "../checks.h"
 #include "lapack.h"
+#include "tasks.h"
 
 #define MEDMOCO_KERNELS "zca_whiten.inl"
 #include "for_each_instruction_set.h"
@@ -46,11 +47,10 @@ int64_t divide_up(int64_t count, int64_t size) { return (count + size - 1) / siz
 // function(i, workspace) for i in [0, count), shared out over threads.
 template <typename T, typename Function>
 void for_each_part(int64_t count, const Function& function) {
-  auto run = [&](int64_t first, int64_t last) {
+  share_out(count, [&](Tasks& tasks) {
     Workspace<T> work;
-    for (int64_t i = first; i < last; ++i) function(i, work);
-  };
-  torch::stable::parallel_for(0, count, 1, run);
+    for (int64_t i; tasks.take(i);) function(i, work);
+  });
 }
 
 // The shape of a problem and how it is cut.
@@ -148,7 +148,7 @@ class Whitening<T, Scalar>::Moments {
  private:
   int64_t size_, panel_rows_, blocks_ = 0, block_ = 0, matrix_ = 0;
   bool symmetric_;
-  std::vector<T> values_;  // [row block][group][panel][row][lane]
+  AlignedVector<T> values_;  // [row block][group][panel][row][lane]
 };
 
 template <typename T>

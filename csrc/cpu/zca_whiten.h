@@ -1,10 +1,11 @@
-// What zca_whiten.cpp and its kernels hand to each other.
+// What zca_whiten.cpp and its kernels hand to each other. For zca_whiten.cpp alone.
 
 #pragma once
 
 #include <cstdint>
 #include <vector>
 
+#include "aligned.h"
 #include "operand.h"
 
 namespace medmoco {
@@ -33,7 +34,7 @@ struct Part {
 
 template <typename T>
 struct Workspace {
-  std::vector<T> tile, panel, product;
+  AlignedVector<T> tile, panel, product;
 };
 
 // The functions of zca_whiten.inl, compiled for one instruction set.

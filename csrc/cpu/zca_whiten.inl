@@ -45,7 +45,7 @@ inline void centre(const Centred<T, Scalar>& source, int64_t first_row, int64_t 
 
 // The product so far of a panel, `rows` long, set to zero.
 template <typename T>
-inline T* zero_panel(std::vector<T>& panel, int64_t rows) {
+inline T* zero_panel(AlignedVector<T>& panel, int64_t rows) {
   panel.assign(rows * kPanelRows<T>, T(0));
   return panel.data();
 }
@@ -75,7 +75,7 @@ void moment_kernel(const Centred<T, Scalar>& left, const Centred<T, Scalar>& rig
 
 // Columns [first, first + kPanelRows) of a square matrix, or of its transpose, as a panel.
 template <typename T, bool Transposed>
-inline void pack_panel(const T* matrix, int64_t size, int64_t first, std::vector<T>& panel) {
+inline void pack_panel(const T* matrix, int64_t size, int64_t first, AlignedVector<T>& panel) {
   const int64_t width = size - first < kPanelRows<T> ? size - first : kPanelRows<T>;
   panel.resize(size * kPanelRows<T>);
   for (int64_t k = 0; k < size; ++k) {
