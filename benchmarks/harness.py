@@ -20,6 +20,7 @@ LEAST_REPEATS, MOST_REPEATS = 3, 100
 CLEAR_REFS = Path("/proc/self/clear_refs")
 BALLAST_BYTES = 2**18
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of malloc.h
+LARGE_BLOCK = 2**16
 LONGEST_PRODUCT = 1.0  # seconds
 
 
@@ -113,17 +114,29 @@ def extra_memory(call: Callable[[], Iterable[Tensor]], device: torch.device) -> 
 
 @contextmanager
 def _blocks_mapped_apart() -> Iterator[None]:
-    """Makes glibc give large blocks back to the system as soon as they are freed."""
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    if mallopt is None:
+    """Makes glibc map every large block on its own, and unmap it as soon as it is freed.
+
+    Else blocks up to 32 MiB come from a heap with holes, whose size counts more than theirs.
+    """
+    libc = ctypes.CDLL(None)
+    if not hasattr(libc, "mallopt"):
         yield
         return
-    mallopt(M_MMAP_THRESHOLD, 2**16)
+    libc.malloc.restype = libc.sbrk.restype = ctypes.c_void_p
+    libc.free.argtypes = [ctypes.c_void_p]
+    libc.mallopt(M_MMAP_THRESHOLD, LARGE_BLOCK)
+    libc.malloc_trim(ctypes.c_size_t(0))
+    plugs, end = [], libc.sbrk(0)
+    while libc.sbrk(0) == end:  # what fits into no hole makes the heap grow
+        plugs.append(libc.malloc(ctypes.c_size_t(LARGE_BLOCK - 64)))
     try:
         yield
-    finally:  # where glibc's own adjustment of the thresholds ends once large blocks were freed
-        mallopt(M_MMAP_THRESHOLD, 2**25)
-        mallopt(M_TRIM_THRESHOLD, 2**26)
+    finally:
+        for plug in plugs:
+            libc.free(plug)
+        # Where glibc's own adjustment of the thresholds ends once large blocks were freed.
+        libc.mallopt(M_MMAP_THRESHOLD, 2**25)
+        libc.mallopt(M_TRIM_THRESHOLD, 2**26)
 
 
 def _lower_high_water() -> list[bytes]:

@@ -225,6 +225,16 @@ def test_memory_meter_finds_what_was_allocated(allocator, can_reset, tmp_path, m
     assert harness.extra_memory(call, CPU) == pytest.approx(20 * MIB, abs=MIB)
 
 
+def test_memory_meter_does_not_count_what_was_freed_before():
+    def call() -> list[torch.Tensor]:
+        for size in (3, 5, 4, 7):
+            torch.ones(size * MIB, dtype=torch.uint8)
+        return []
+
+    call()
+    assert harness.extra_memory(call, CPU) == pytest.approx(7 * MIB, abs=MIB)
+
+
 def test_memory_meter_leaves_out_what_is_returned():
     def call() -> list[torch.Tensor]:
         output = torch.ones(8 * MIB, dtype=torch.uint8)
