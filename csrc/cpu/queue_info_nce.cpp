@@ -17,6 +17,7 @@
 #include "../checks.h"
 #include "aligned.h"
 #include "operand.h"
+#include "tasks.h"
 
 namespace medmoco {
 namespace {

@@ -289,31 +289,28 @@ void forward_kernel(const Problem<T, Scalar>& problem) {
   const Plan plan = Plan::of<T>(problem.batch, problem.queue_size, problem.embed_dim);
   std::vector<Panel<T>> gathered(plan.segments * plan.panels);
 
-  auto stream = [&](int64_t first_unit, int64_t last_unit) {
-    for (int64_t unit = first_unit; unit < last_unit; ++unit) {
+  share_out(plan.groups * plan.segments, [&](Tasks& tasks) {
+    for (int64_t unit; tasks.take(unit);) {
       const int64_t group = unit / plan.segments, segment = unit % plan.segments;
       const int64_t first = plan.panels * group / plan.groups;
       const int64_t last = plan.panels * (group + 1) / plan.groups;
-      Panel<T>* panels = gathered.data() + segment * plan.panels + first;
-      gather(problem, first * kPanelRows<T>, panels, last - first,
-             problem.queue_size * segment / plan.segments,
+      gather(problem, first * kPanelRows<T>, gathered.data() + segment * plan.panels + first,
+             last - first, problem.queue_size * segment / plan.segments,
              problem.queue_size * (segment + 1) / plan.segments);
       for (int64_t p = first; plan.segments == 1 && p < last; ++p) {
         finish_panel(problem, p * kPanelRows<T>, gathered[p]);
         gathered[p].direction = {};
       }
     }
-  };
-  torch::stable::parallel_for(0, plan.groups * plan.segments, 1, stream);
+  });
   if (plan.segments == 1) return;
 
-  auto combine = [&](int64_t first, int64_t last) {
-    for (int64_t p = first; p < last; ++p) {
+  share_out(plan.panels, [&](Tasks& tasks) {
+    for (int64_t p; tasks.take(p);) {
       for (int64_t segment = 1; segment < plan.segments; ++segment) {
         merge(gathered[segment * plan.panels + p], problem.scale, gathered[p]);
       }
       finish_panel(problem, p * kPanelRows<T>, gathered[p]);
     }
-  };
-  torch::stable::parallel_for(0, plan.panels, 1, combine);
+  });
 }
