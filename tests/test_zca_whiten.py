@@ -212,6 +212,18 @@ def test_directions_without_variance_are_finite(features, eps, device):
     assert all(t.isfinite().all() for t in found)
 
 
+@pytest.mark.parametrize("group_size", [33, 64])
+@pytest.mark.parametrize("samples", [2, 5, 10])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_most_directions_may_lack_variance(dtype, samples, group_size, device):
+    generator = torch.Generator().manual_seed(samples)
+    features = torch.randn(samples, 16 * group_size, dtype=dtype, generator=generator).to(device)
+    whitened, _, matrix = zca_whiten(features, group_size, 1e-2)
+    exact, _, exact_matrix = zca_whiten_reference(features.double(), group_size, 1e-2)
+    bound = 1e-4 if dtype == torch.float32 else 1e-12
+    assert worst(whitened, exact) < bound and worst(matrix, exact_matrix) < bound
+
+
 @pytest.mark.parametrize("value", [torch.nan, torch.inf, 3e38])
 @pytest.mark.parametrize("compiled", [True, False], ids=["kernel", "fallback"])
 def test_what_is_not_finite_reaches_its_group_alone(value, compiled, device, monkeypatch):

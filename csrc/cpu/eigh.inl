@@ -7,6 +7,9 @@
 
 constexpr int kMatrices = kLanes<double>;
 constexpr int kMostSteps = 60;  // for one eigenvalue; two or three do
+// What a QL step leaves for zero in a matrix whose largest entry is 1. Eigenvalues without variance
+// are nothing but such noise, and never small beside each other.
+constexpr double kNoise = std::numeric_limits<double>::epsilon();
 
 // Matrices of `size`, rows padded with zeros to whole vectors.
 template <typename T>
@@ -220,7 +223,7 @@ inline LanesOf<double>::Mask find_splits(const Eigenproblem<T>& problem, int64_t
     const Vector near =
         magnitude(load(d + row * kMatrices)) + magnitude(load(d + (row + 1) * kMatrices));
     const double rounding = std::numeric_limits<T>::epsilon() / 2;
-    const Mask small = magnitude(load(e + row * kMatrices)) <= rounding * near;
+    const Mask small = magnitude(load(e + row * kMatrices)) <= rounding * near + kNoise;
     split = (open & small) ? Mask{} + row : split;
     open &= ~small;
   }
