@@ -8,6 +8,7 @@
 #include <torch/csrc/stable/tensor.h>
 
 #include <algorithm>
+#include <cctype>
 #include <cmath>
 #include <cstdint>
 #include <cstdio>
@@ -37,6 +38,7 @@ inline std::string shape_text(const Tensor& tensor) {
   return text.str();
 }
 
+// As Python prints it, without "torch.".
 inline std::string dtype_text(const Tensor& tensor) {
   switch (tensor.scalar_type()) {
     case ScalarType::Float: return "float32";
@@ -48,9 +50,14 @@ inline std::string dtype_text(const Tensor& tensor) {
     case ScalarType::Short: return "int16";
     case ScalarType::Int: return "int32";
     case ScalarType::Long: return "int64";
-    case ScalarType::Bool: return "bool";
-    default: return torch::headeronly::toString(tensor.scalar_type());
+    case ScalarType::ComplexHalf: return "complex32";
+    case ScalarType::ComplexFloat: return "complex64";
+    case ScalarType::ComplexDouble: return "complex128";
+    default: break;
   }
+  std::string text = torch::headeronly::toString(tensor.scalar_type());  // such as Float8_e4m3fn
+  for (char& letter : text) letter = char(std::tolower(static_cast<unsigned char>(letter)));
+  return text;
 }
 
 inline std::string device_text(const Tensor& tensor) {

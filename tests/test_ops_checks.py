@@ -43,6 +43,14 @@ WRONG_FORWARD = [
         {"query": lambda t: t.int()},
         "query must be float32, float64, bfloat16 or float16, got int32",
     ),
+    (
+        {"query": lambda t: t.cfloat()},
+        "query must be float32, float64, bfloat16 or float16, got complex64",
+    ),
+    (
+        {"query": lambda t: t.to(torch.float8_e4m3fn)},
+        "query must be float32, float64, bfloat16 or float16, got float8_e4m3fn",
+    ),
     ({"key": lambda t: t[:3]}, "key must be (4, 5) to match query, got (3, 5)"),
     ({"key": lambda t: t[:, :4]}, "key must be (4, 5) to match query, got (4, 4)"),
     ({"key": lambda t: t.double()}, "key must be float32 to match query, got float64"),
@@ -69,6 +77,11 @@ WRONG_BACKWARD = [
         {"query": lambda t: t[0]},
         "query must be a floating (batch, embed_dim), got float32 (5,)",
     ),
+    (
+        {"query": lambda t: t.to(torch.float8_e4m3fn)},
+        "query must be a floating (batch, embed_dim), got float8_e4m3fn (4, 5)",
+    ),
+    ({"direction": lambda t: t[0]}, "direction must be float32 (4, 5), got float32 (5,)"),
     ({"grad_loss": lambda t: t[:2]}, "grad_loss must be float32 (4,), got float32 (2,)"),
     ({"loss": lambda t: t.half()}, "loss must be float32 (4,), got float16 (4,)"),
     ({"direction": lambda t: t[:0]}, "direction must be float32 (4, 5), got float32 (0, 5)"),

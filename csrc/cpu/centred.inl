@@ -1,10 +1,5 @@
 // Reading features less their mean, included inside the namespaces of for_each_instruction_set.h.
 
-// Rows [row, row + rows) and columns [column, column + columns) of a matrix.
-struct Block {
-  int64_t row, rows, column, columns;
-};
-
 // to[r * row_step + c * column_step] = centred feature (rows.start + r, columns.start + c). One of
 // the steps is 1; so may be one of the features' strides.
 template <typename T, typename Scalar>

@@ -105,10 +105,8 @@ void match(const Tensor& query_map, const Tensor& key_map, Tensor& index, Tensor
 std::tuple<Tensor, Tensor> dense_match_cpu(Tensor query_map, Tensor key_map, bool /*allow_tf32*/) {
   check_dense_match(query_map, key_map);
   const int64_t batch = query_map.size(0), queries = query_map.size(2);
-  const bool wide = query_map.scalar_type() == ScalarType::Double;
   Tensor index = torch::stable::new_empty(query_map, {batch, queries}, ScalarType::Long);
-  Tensor similarity = torch::stable::new_empty(query_map, {batch, queries},
-                                               wide ? ScalarType::Double : ScalarType::Float);
+  Tensor similarity = torch::stable::new_empty(query_map, {batch, queries}, wide_dtype(query_map));
   with_dtype(query_map.scalar_type(), [&]<typename T, typename Scalar>() {
     match<T, Scalar>(query_map, key_map, index, similarity);
   });

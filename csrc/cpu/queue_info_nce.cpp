@@ -103,8 +103,7 @@ std::tuple<Tensor, Tensor, Tensor> queue_info_nce_cpu(Tensor query, Tensor key, 
                                                       bool compute_direction, bool /*allow_tf32*/) {
   check_queue_info_nce(query, key, queue, temperature, query_ids, queue_ids);
   const int64_t batch = query.size(0);
-  const bool wide = query.scalar_type() == ScalarType::Double;
-  const ScalarType dtype = wide ? ScalarType::Double : ScalarType::Float;
+  const ScalarType dtype = wide_dtype(query);
   Tensor loss = torch::stable::new_empty(query, {batch}, dtype);
   Tensor rank = torch::stable::new_empty(query, {batch}, ScalarType::Int);
   Tensor direction =

@@ -256,8 +256,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> zca_whiten_cpu(Tensor feature
                                                                   bool /*allow_tf32*/) {
   check_zca_whiten(features, group_size, eps);
   const int64_t count = features.size(1), groups = count / group_size;
-  const bool wide = features.scalar_type() == ScalarType::Double;
-  const ScalarType dtype = wide ? ScalarType::Double : ScalarType::Float;
+  const ScalarType dtype = wide_dtype(features);
   Tensor whitened = torch::stable::new_empty(features, {features.size(0), count});
   Tensor mean = torch::stable::new_empty(features, {count}, dtype);
   Tensor matrix = torch::stable::new_empty(features, {groups, group_size, group_size}, dtype);

@@ -8,6 +8,7 @@ from torch.nn.functional import logsigmoid
 from torch.utils.checkpoint import checkpoint
 
 from medmoco.ops.checks import (
+    FLOATING,
     check_floating,
     check_same_kind,
     check_temperature,
@@ -234,7 +235,7 @@ def _check_backward(
     compute_grad_query: bool,
 ) -> None:
     op = f"{OP}_backward"
-    if query.dim() != 2 or not query.is_floating_point():
+    if query.dim() != 2 or query.dtype not in FLOATING:
         raise RuntimeError(
             f"{op}: query must be a floating (batch, embed_dim), "
             f"got {dtype_text(query)} {shape_text(query)}"
