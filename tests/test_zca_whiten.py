@@ -171,6 +171,14 @@ def test_features_of_any_scale_come_out_finite_and_right(factor, device):
     assert all(t.isfinite().all() for t in fixed)
 
 
+@pytest.mark.parametrize("mean", [1e3, 1e4])
+def test_a_mean_far_above_the_spread_costs_no_more_digits_than_eager_loses(mean, device):
+    features = correlated(300, 64, device=device) + mean
+    truth = zca_whiten(features.double(), 64, 1e-3)[0]
+    by_eager = zca_whiten_reference(features, 64, 1e-3)[0]
+    assert worst(zca_whiten(features, 64, 1e-3)[0], truth) <= 1.2 * worst(by_eager, truth)
+
+
 @pytest.mark.parametrize(
     "features",
     [

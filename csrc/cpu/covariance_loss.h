@@ -15,8 +15,8 @@ namespace {
 
 constexpr int64_t kDirectColumns = 16;  // of largest variance, kept out of the Gram form's matrix
 constexpr int64_t kMomentColumns = 256;
-// Tile of a product: whole panels and whole register blocks of every instruction set.
-constexpr int64_t kTile = 96;
+// Tile of a product: whole panels of every instruction set; features mostly come in such numbers.
+constexpr int64_t kTile = 128;
 // Share of the gradient that a task computes.
 constexpr int64_t kGradientColumns = 128, kGradientRows = 8 * kTile;
 

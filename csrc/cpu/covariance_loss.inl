@@ -9,7 +9,7 @@ constexpr int64_t kRowTileStride = kDepthBlock + 16;
 
 // Shorter stretches than kDepthBlock: what is left of the covariance of decorrelated features, or
 // of the gradient once the diagonal is subtracted, is small beside the terms of its sum.
-constexpr int64_t kStretch = 32;
+constexpr int64_t kStretch = 64;
 
 template <typename T, bool Transposed>
 inline void multiply_stretches(const T* a, int64_t rows, int64_t stride, const T* b, int64_t depth,

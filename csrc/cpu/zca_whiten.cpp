@@ -80,9 +80,9 @@ struct Whitening {
   void take_mean(const Matrix<T, Scalar>& values, T* mean) const {
     const int64_t blocks = row_blocks(groups);
     std::vector<double> sums(blocks * features);
-    for_each_part<T>(blocks * groups, [&](int64_t i, Workspace<T>& work) {
+    for_each_part<T>(blocks * groups, [&](int64_t i, Workspace<T>&) {
       const int64_t block = i / groups, group = i % groups;
-      kernels.sum(values, part(group, block, blocks), work,
+      kernels.sum(values, part(group, block, blocks),
                   sums.data() + block * features + group * size);
     });
     for (int64_t c = 0; c < features; ++c) {

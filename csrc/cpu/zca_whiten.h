@@ -42,7 +42,7 @@ template <typename T, typename Scalar>
 struct Kernels {
   int64_t panel_rows;
   bool (*eigh)(const T*, int64_t, int64_t, T*, T*);
-  void (*sum)(const Matrix<T, Scalar>&, const Part&, Workspace<T>&, double*);
+  void (*sum)(const Matrix<T, Scalar>&, const Part&, double*);
   void (*moment)(const Centred<T, Scalar>&, const Centred<T, Scalar>&, bool, const Part&,
                  Workspace<T>&, T*);
   void (*compose)(const T*, const T*, int64_t, Workspace<T>&, T*);

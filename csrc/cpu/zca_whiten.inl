@@ -8,19 +8,19 @@
 // After it, for its lanes.
 #include "eigh.inl"
 
-// Adds the columns of one group over the rows of a part.
+// Adds the columns of one group over the rows of a part: in double, so that a large mean leaves the
+// features their digits.
 template <typename T, typename Scalar>
-void sum_kernel(const Matrix<T, Scalar>& values, const Part& part, Workspace<T>& work,
-                double* sums) {
-  const int64_t size = part.group_size;
-  for (int64_t row = part.first_row; row < part.last_row; row += kTileRows) {
-    const int64_t end = row + kTileRows < part.last_row ? row + kTileRows : part.last_row;
-    work.product.assign(size, T(0));
-    T* tile_sums = work.product.data();
-    for (int64_t r = row; r < end; ++r) {
-      for (int64_t c = 0; c < size; ++c) tile_sums[c] += values.at(r, part.column + c);
+void sum_kernel(const Matrix<T, Scalar>& values, const Part& part, double* sums) {
+  const int64_t step = values.column_stride;
+  for (int64_t row = part.first_row; row < part.last_row; ++row) {
+    const Scalar* from = values.data + row * values.row_stride + part.column * step;
+    if (step == 1) {  // so that the compiler takes whole vectors
+      for (int64_t c = 0; c < part.group_size; ++c) sums[c] += double(static_cast<T>(from[c]));
+    } else {
+      for (int64_t c = 0; c < part.group_size; ++c)
+        sums[c] += double(values.at(row, part.column + c));
     }
-    for (int64_t c = 0; c < size; ++c) sums[c] += tile_sums[c];
   }
 }
 
