@@ -81,7 +81,8 @@ def apply_preset(config: Config) -> Config:
     """
     preset = {**COMMON, **PRESETS[config.method]}
     config = dataclasses.replace(config, **_unset(config, preset))
-    return dataclasses.replace(config, **_unset(config, {"global_weight": _global_weight(config)}))
+    shared = _unset(config, {"global_weight": _global_weight})
+    return dataclasses.replace(config, **{name: share(config) for name, share in shared.items()})
 
 
 def _global_weight(config: "PretrainConfig") -> float:

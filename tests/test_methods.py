@@ -47,6 +47,7 @@ def test_flags_win_over_the_method():
         ({"method": "densecl"}, (0.5, 0.5)),
         ({"method": "densecl", "local_weight": 0.25}, (0.75, 0.25)),
         ({"method": "densecl", "local_weight": 0.25, "global_weight": 1.0}, (1, 0.25)),
+        ({"method": "densecl", "local_weight": 1.5, "global_weight": 1.0}, (1, 1.5)),
     ],
 )
 def test_densecl_shares_a_weight_of_1_between_its_losses(flags, weights):
