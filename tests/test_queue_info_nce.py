@@ -5,6 +5,7 @@ import pytest
 import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy, normalize
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from medmoco.ops import queue_info_nce
 from medmoco.ops.queue_info_nce import queue_info_nce_reference
@@ -395,7 +396,10 @@ def test_without_a_kernel_the_reference_runs_in_chunks(monkeypatch):
     torch.testing.assert_close(loss, queue_info_nce_reference(*rounded)[0])
 
 
-def test_the_queue_is_a_constant():
+@pytest.mark.parametrize("kernel", [True, False], ids=["kernel", "fallback"])
+def test_the_queue_is_a_constant(kernel, monkeypatch):
+    if not kernel:
+        monkeypatch.setattr(module, "has_kernel", lambda *_: False)
     query, key, queue = unit_rows(4, 7, 5)
     queue.requires_grad_()
     for function in (queue_info_nce, raw):
@@ -405,12 +409,45 @@ def test_the_queue_is_a_constant():
             function(query, key, queue)
 
 
+@pytest.mark.parametrize("kernel", [True, False], ids=["kernel", "fallback"])
+def test_a_learned_temperature_is_refused_where_its_gradient_would_be_lost(kernel, monkeypatch):
+    if not kernel:
+        monkeypatch.setattr(module, "has_kernel", lambda *_: False)
+    operands = unit_rows(4, 7, 5)
+    temperature = torch.tensor(0.2, requires_grad=True)
+    message = "queue_info_nce: temperature must not require a gradient, it is a constant"
+    with pytest.raises(RuntimeError, match=message):
+        queue_info_nce(*operands, temperature)
+    loss, _ = queue_info_nce(*operands, temperature.detach())
+    assert torch.equal(loss, queue_info_nce(*operands, 0.2)[0])
+
+
 def test_direction_is_computed_only_when_asked_for():
     query, key, queue = unit_rows(4, 7, 5)
     assert raw(query, key, queue)[2].shape == (4, 5)
     assert raw(query, key, queue, compute_direction=False)[2].shape == (0, 5)
     with pytest.raises(RuntimeError, match="queue_info_nce: compute_direction must be True"):
         raw(query.requires_grad_(), key, queue, compute_direction=False)
+
+
+def test_the_function_asks_for_the_direction_where_a_gradient_of_query_may_follow():
+    query, key, queue = unit_rows(4, 7, 5)
+    needed = query.clone().requires_grad_()
+    directions = []
+
+    class Spy(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, arguments=(), keywords=None):
+            returned = function(*arguments, **(keywords or {}))
+            if function is raw.default:
+                directions.append(len(returned[2]))
+            return returned
+
+    with Spy():
+        queue_info_nce(query, key, queue)
+        queue_info_nce(needed, key, queue)
+        with torch.no_grad():
+            queue_info_nce(needed, key, queue)
+    assert directions == [0, 4, 0]
 
 
 def test_rank_and_direction_are_constants_to_autograd():

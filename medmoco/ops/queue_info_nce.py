@@ -49,7 +49,7 @@ def queue_info_nce(
             (float64 for float64).
         key: (batch, embed_dim), the positive of each query.
         queue: (queue_size, embed_dim), the negatives, a constant.
-        temperature: divides the logits; > 0.
+        temperature: divides the logits; > 0, a constant.
         query_ids: (batch,) int64, such as the slice or volume that a query comes from.
         queue_ids: (queue_size,) int64. A queue entry with the id of the query is left out of its
             sum; negative ids match nothing. Both or neither.
@@ -60,13 +60,14 @@ def queue_info_nce(
 
     Raises:
         RuntimeError: shapes, dtypes or devices disagree, temperature is not positive, or queue
-            requires a gradient; a second or a forward-mode derivative is asked for.
+            or temperature requires a gradient; a second or a forward-mode derivative is asked for.
 
     [1] He et al., "Momentum Contrast for Unsupervised Visual Representation Learning", 2020,
         arXiv:1911.05722.
     """
-    if torch.is_grad_enabled() and queue.requires_grad:
-        _raise_constant_queue()
+    if torch.is_grad_enabled():
+        _check_constant("queue", queue)
+        _check_constant("temperature", temperature)  # a tensor would pass for a float
     if has_kernel(OP, query.device):
         refuse_forward_mode(OP, query, key, queue)
         loss, rank, _ = torch.ops.medmoco.queue_info_nce(
@@ -139,8 +140,13 @@ def _chunked_reference(
     return torch.cat(losses), torch.cat(ranks)
 
 
-def _raise_constant_queue() -> None:
-    raise RuntimeError(f"{OP}: queue must not require a gradient, it is a constant")
+def _check_constant(name: str, value: object) -> None:
+    if isinstance(value, Tensor) and value.requires_grad:
+        _raise_constant(name)
+
+
+def _raise_constant(name: str) -> None:
+    raise RuntimeError(f"{OP}: {name} must not require a gradient, it is a constant")
 
 
 def _check(
@@ -260,7 +266,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
     query, _, _, temperature, _, _, compute_direction, _ = inputs
     loss, rank, direction = output
     if ctx.needs_input_grad[2]:
-        _raise_constant_queue()
+        _raise_constant("queue")
     if ctx.needs_input_grad[0] and not compute_direction:
         raise RuntimeError(f"{OP}: compute_direction must be True for a gradient of query")
     ctx.mark_non_differentiable(rank, direction)
