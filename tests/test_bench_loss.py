@@ -1,13 +1,11 @@
 """The benchmark of the operators: what it checks, measures and writes."""
 
 import csv
-import ctypes
 import json
 import os
 import re
 import subprocess
 import sys
-from functools import partial
 from pathlib import Path
 
 import pytest
@@ -17,7 +15,7 @@ from torch.nn.functional import cross_entropy, normalize
 
 import baselines
 import bench_loss
-import harness
+from attention import info_nce_flex
 from cases import OPERATIONS
 from contest import Case, run_case
 from medmoco import ops
@@ -28,7 +26,6 @@ ROOT = Path(__file__).resolve().parents[1]
 SCHEMAS = re.findall(r'"(\w+)\(Tensor', (ROOT / "csrc/medmoco.cpp").read_text())
 OPERATORS = {name for name in SCHEMAS if not name.endswith("_backward")}
 CPU = torch.device("cpu")
-MIB = 2**20
 
 
 def quick_rows(op: str, capsys) -> tuple[int, str]:
@@ -106,6 +103,30 @@ def test_ratios_follow_from_the_times(rows):
         assert row["p20_ms"] <= row["median_ms"] <= row["p80_ms"]
         assert row["times_medmoco"] == pytest.approx(row["median_ms"] / ours[case])
         assert row["times_floor"] == pytest.approx(row["median_ms"] / row["floor_ms"])
+        shares = (
+            row["gflop_per_s"] / row["product_gflop_per_s"],
+            row["gbyte_per_s"] / row["copy_gbyte_per_s"],
+        )
+        assert row["times_floor"] == pytest.approx(1 / max(shares))
+
+
+def test_rates_are_of_the_least_work_and_of_inputs_outputs_and_gradients_once(rows):
+    work = next(
+        row
+        for row in rows
+        if (row["op"], row["contestant"], row["pass_name"], row["shape"])
+        == ("covariance_loss", "eager", "forward+backward", "N=32 D=128")
+    )
+    seconds = work["median_ms"] / 1e3
+    assert work["gflop_per_s"] * 1e9 * seconds == pytest.approx(3 * 32 * 32 * 128)
+    # Features and their gradient, and the loss and what comes back to it.
+    assert work["gbyte_per_s"] * 1e9 * seconds == pytest.approx(4 * (2 * 32 * 128 + 2))
+
+
+def test_the_largest_sizes_are_run_in_the_last_pass_alone():
+    _, cases = bench_loss.parse_flags(["--op", "covariance_loss", "--device", "cpu"])
+    passes = [(case.shape(), case.backward) for case in cases]
+    assert passes[-1] == ("N=256 D=8192", True) and len(passes) == len(set(passes)) == 5
 
 
 def test_csv_holds_the_same_rows_with_the_environment(quick, rows):
@@ -203,53 +224,6 @@ def test_16_bit_operands_pass_the_check(op, dtype):
         assert {row.status for row in rows} <= {"ok", "missing", "n/a"}, rows
 
 
-@pytest.mark.parametrize("can_reset", [True, False])
-@pytest.mark.parametrize("allocator", ["torch", "malloc"])
-def test_memory_meter_finds_what_was_allocated(allocator, can_reset, tmp_path, monkeypatch):
-    if not can_reset:
-        monkeypatch.setattr(harness, "CLEAR_REFS", tmp_path / "no/such/file")
-    libc = ctypes.CDLL(None)
-    libc.malloc.restype = ctypes.c_void_p
-
-    def call() -> list[torch.Tensor]:
-        output = torch.ones(5 * MIB, dtype=torch.uint8)
-        if allocator == "torch":
-            torch.ones(20 * MIB, dtype=torch.uint8)
-        else:
-            block = ctypes.c_void_p(libc.malloc(20 * MIB))
-            ctypes.memset(block, 1, 20 * MIB)
-            libc.free(block)
-        return [output]
-
-    call()
-    assert harness.extra_memory(call, CPU) == pytest.approx(20 * MIB, abs=MIB)
-
-
-def test_memory_meter_does_not_count_what_was_freed_before():
-    def call() -> list[torch.Tensor]:
-        for size in (3, 5, 4, 7):
-            torch.ones(size * MIB, dtype=torch.uint8)
-        return []
-
-    call()
-    assert harness.extra_memory(call, CPU) == pytest.approx(7 * MIB, abs=MIB)
-
-
-def test_memory_meter_leaves_out_what_is_returned():
-    def call() -> list[torch.Tensor]:
-        output = torch.ones(8 * MIB, dtype=torch.uint8)
-        return [output, output.view(2, -1)]  # one storage
-
-    call()
-    assert harness.extra_memory(call, CPU) <= MIB
-
-
-def test_floor_is_the_slower_of_arithmetic_and_memory():
-    rates = harness.Rates(flop_per_s=2e9, bytes_per_s=1e9)
-    assert rates.floor(flop=4e9, moved=1e9) == 2.0
-    assert rates.floor(flop=1e9, moved=3e9) == 3.0
-
-
 @pytest.mark.parametrize(
     ("op", "size", "forward", "backward"),
     [
@@ -267,15 +241,6 @@ def test_least_work_worked_out_by_hand(op, size, forward, backward):
         assert operation.flop(size, backward=True) == backward
 
 
-def test_contestants_take_turns_on_changing_inputs():
-    calls = []
-    functions = {name: partial(lambda name, i: calls.append((name, i)), name) for name in "abc"}
-    times = harness.time_interleaved(functions, CPU, seconds=0)
-    assert [name for name, _ in calls] == list("abcbcacab")
-    assert [i for name, i in calls if name == "b"] == [1, 2, 3]
-    assert {name: len(seconds) for name, seconds in times.items()} == dict.fromkeys("abc", 3)
-
-
 @pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
 @pytest.mark.parametrize("with_ids", [False, True])
 def test_flex_attention_computes_the_same_loss(with_ids):
@@ -283,7 +248,7 @@ def test_flex_attention_computes_the_same_loss(with_ids):
     size = {"N": 6, "K": 40, "C": 16} | ({"ids": 1} if with_ids else {})
     inputs = operation.inputs(size, torch.float32, CPU, seed=0)
     with torch.no_grad():
-        found = baselines.info_nce_flex(*inputs.operands, flex=flex_attention)
+        found = info_nce_flex(*inputs.operands, flex=flex_attention)
         expected = baselines.info_nce_eager(*inputs.operands)
     torch.testing.assert_close(found, expected)
 
