@@ -26,7 +26,7 @@ class Case:
     dtype: torch.dtype
     device: torch.device
     backward: bool
-    part: str = "cases"  # of the benchmark: "cases" or "scaling"
+    part: str = "cases"  # of the benchmark, see Row
     contestants: tuple[str, ...] | None = None  # None: all
 
     def shape(self) -> str:

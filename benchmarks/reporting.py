@@ -34,7 +34,7 @@ LEGEND = (
 class Row:
     """One contestant in one case. What was not measured is None."""
 
-    part: str  # "cases", or "scaling" for the points of the plot
+    part: str  # "cases", or "over N" and "over K" for the points of the plot
     op: str
     device: str
     dtype: str

@@ -21,11 +21,12 @@ LAYOUTS = {4: "(batch, channels, height, width)", 3: "(batch, channels, position
 
 @torch.no_grad()
 def dense_match(query_map: Tensor, key_map: Tensor) -> tuple[Tensor, Tensor]:
-    """The best match by cosine similarity of each query position among the keys [1, eq. 3].
+    """The best match by cosine similarity of each query position among the keys [1, eq. 4].
 
     index_bi = argmax_j cos(query_map[b, :, i], key_map[b, :, j]) with positions numbered row by
-    row. Ties go to the lowest j, NaN wins as in torch.max, and a zero vector has cosine 0. Neither
-    the (query, key) similarities nor normalised maps are ever held whole. Not differentiable.
+    row. Ties go to the lowest j, NaN wins as in torch.max, and a zero vector has cosine 0. The
+    (query, key) similarities are never held whole, nor are normalised maps where there is a kernel.
+    Not differentiable.
 
     Args:
         query_map: (batch, channels, height, width) or (batch, channels, positions), float32,
