@@ -1,5 +1,19 @@
 // Reading features less their mean, included inside the namespaces of for_each_instruction_set.h.
 
+// to[c * step + r] = centred feature (r, c) of a square with a vector's lanes for its side.
+template <typename T, typename Scalar>
+inline void copy_square(const Scalar* from, int64_t row_stride, const T* mean, const T* mean_rest,
+                        T* to, int64_t step) {
+  typename LanesOf<T>::Vector square[kLanes<T>];
+  for (int r = 0; r < kLanes<T>; ++r) {
+    T row[kLanes<T>];
+    for (int c = 0; c < kLanes<T>; ++c) row[c] = static_cast<T>(from[r * row_stride + c]);
+    square[r] = load(row) - load(mean) - load(mean_rest);
+  }
+  transpose<T>(square);
+  for (int c = 0; c < kLanes<T>; ++c) store(to + c * step, square[c]);
+}
+
 // to[r * row_step + c * column_step] = centred feature (rows.start + r, columns.start + c). One of
 // the steps is 1; so may be one of the features' strides.
 template <typename T, typename Scalar>
@@ -28,14 +42,18 @@ void copy_centred(const Features<T, Scalar>& features, Extent rows, Extent colum
     }
     return;
   }
-  // A transposition, in squares that stay in the first-level cache.
-  constexpr int64_t kSide = 32;
-  for (int64_t first_row = 0; first_row < rows.size; first_row += kSide) {
-    const int64_t last_row = first_row + kSide < rows.size ? first_row + kSide : rows.size;
-    for (int64_t first = 0; first < columns.size; first += kSide) {
-      const int64_t last = first + kSide < columns.size ? first + kSide : columns.size;
-      for (int64_t r = first_row; r < last_row; ++r) {
-        for (int64_t c = first; c < last; ++c) {
+  // A transposition: whole squares by shuffles, what is left one by one.
+  constexpr int64_t kSide = kLanes<T>;
+  const bool by_shuffles = row_step == 1 && values.column_stride == 1;
+  for (int64_t row = 0; row < rows.size; row += kSide) {
+    for (int64_t column = 0; column < columns.size; column += kSide) {
+      if (by_shuffles && row + kSide <= rows.size && column + kSide <= columns.size) {
+        copy_square(from + row * values.row_stride + column, values.row_stride, mean + column,
+                    mean_rest + column, to + row + column * column_step, column_step);
+        continue;
+      }
+      for (int64_t r = row; r < rows.size && r < row + kSide; ++r) {
+        for (int64_t c = column; c < columns.size && c < column + kSide; ++c) {
           to[r * row_step + c * column_step] =
               static_cast<T>(from[r * values.row_stride + c * values.column_stride]) - mean[c] -
               mean_rest[c];

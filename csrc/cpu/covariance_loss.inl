@@ -1,8 +1,9 @@
 // Kernels of covariance_loss, included by for_each_instruction_set.h. Each takes tasks until none
 // is left; a task's result depends on its number alone.
 
-#include "centred.inl"
 #include "multiply.inl"
+// After it, for its lanes.
+#include "centred.inl"
 
 // Padded, so that the rows of a tile do not share the sets of a cache.
 constexpr int64_t kRowTileStride = kDepthBlock + 16;

@@ -59,3 +59,32 @@ inline typename LanesOf<T>::Vector exp2_lanes(typename LanesOf<T>::Vector x) {
   const Vector scaled = series * (Vector)(exponent << Lanes::kExponentShift);
   return underflow ? Vector{} : scaled;
 }
+
+// Takes one lane of a and b in turn, from lane First of each on.
+template <typename T, int First, int... Lane>
+inline typename LanesOf<T>::Vector interleave(typename LanesOf<T>::Vector a,
+                                              typename LanesOf<T>::Vector b,
+                                              std::integer_sequence<int, Lane...>) {
+#if defined(__clang__)
+  return __builtin_shufflevector(a, b, (First + Lane / 2 + Lane % 2 * kLanes<T>)...);
+#else
+  using Mask = typename LanesOf<T>::Mask;
+  return __builtin_shuffle(a, b, Mask{(First + Lane / 2 + Lane % 2 * kLanes<T>)...});
+#endif
+}
+
+// square[i][j] = square[j][i]. Each pass interleaves the halves, which moves the top bit of the row
+// to the bottom of the column; after as many passes as there are bits they have changed places.
+template <typename T>
+inline void transpose(typename LanesOf<T>::Vector (&square)[kLanes<T>]) {
+  constexpr int kHalf = kLanes<T> / 2;
+  constexpr auto lanes = std::make_integer_sequence<int, kLanes<T>>();
+  for (int bit = 1; bit < kLanes<T>; bit *= 2) {
+    typename LanesOf<T>::Vector next[kLanes<T>];
+    for (int i = 0; i < kHalf; ++i) {
+      next[2 * i] = interleave<T, 0>(square[i], square[i + kHalf], lanes);
+      next[2 * i + 1] = interleave<T, kHalf>(square[i], square[i + kHalf], lanes);
+    }
+    for (int i = 0; i < kLanes<T>; ++i) square[i] = next[i];
+  }
+}
