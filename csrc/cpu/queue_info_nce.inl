@@ -11,12 +11,22 @@ constexpr int64_t kGroupRows = 256;  // of the batch that share a tile of the qu
 // Queries of a panel and what has been gathered for them so far.
 template <typename T>
 struct Panel {
-  AlignedVector<T> query, direction;      // [embed_dim][lane]
+  AlignedVector<T> direction;             // [embed_dim][lane]
   alignas(64) T positive[kPanelRows<T>];  // query . key
   alignas(64) T peak[kPanelRows<T>];      // weights are e^{(query . queue - peak) / temperature}
   alignas(64) T sum[kPanelRows<T>];       // of the weights
   alignas(64) typename LanesOf<T>::Integer rank[kPanelRows<T>];
   int64_t ids[kPanelRows<T>];
+};
+
+// What a thread works with.
+template <typename T>
+struct Workspace {
+  AlignedVector<T> queries;  // [panel][embed_dim][lane]
+  AlignedVector<T> key;      // [embed_dim][lane]
+  AlignedVector<T> logits;   // [key of the tile][lane], then the weights
+  AlignedVector<T> converted;
+  std::vector<int64_t> ids;
 };
 
 // Consecutive rows of the queue, as T with unit column stride.
@@ -30,16 +40,16 @@ struct Tile {
 // Keys [first, last) of the queue: in place, or `converted`.
 template <typename T, typename Scalar>
 Tile<T> read_tile(const Problem<T, Scalar>& problem, int64_t first, int64_t last,
-                  AlignedVector<T>& converted, std::vector<int64_t>& ids) {
+                  Workspace<T>& work) {
   const auto& queue = problem.queue;
   const int64_t dim = problem.embed_dim;
   Tile<T> tile{nullptr, last - first, dim, nullptr};
   if (problem.queue_ids) {
-    ids.resize(tile.keys);
+    work.ids.resize(tile.keys);
     for (int64_t j = 0; j < tile.keys; ++j) {
-      ids[j] = problem.queue_ids[(first + j) * problem.queue_ids_stride];
+      work.ids[j] = problem.queue_ids[(first + j) * problem.queue_ids_stride];
     }
-    tile.ids = ids.data();
+    tile.ids = work.ids.data();
   }
   if constexpr (std::is_same_v<T, Scalar>) {
     if (queue.column_stride == 1) {
@@ -48,27 +58,28 @@ Tile<T> read_tile(const Problem<T, Scalar>& problem, int64_t first, int64_t last
       return tile;
     }
   }
-  converted.resize(tile.keys * dim);
+  work.converted.resize(tile.keys * dim);
   for (int64_t j = 0; j < tile.keys; ++j) {
     const Scalar* row = queue.data + (first + j) * queue.row_stride;
-    T* to = converted.data() + j * dim;
+    T* to = work.converted.data() + j * dim;
     if (queue.column_stride == 1) {
       for (int64_t c = 0; c < dim; ++c) to[c] = static_cast<T>(row[c]);
     } else {
       for (int64_t c = 0; c < dim; ++c) to[c] = static_cast<T>(row[c * queue.column_stride]);
     }
   }
-  tile.data = converted.data();
+  tile.data = work.converted.data();
   return tile;
 }
 
 template <typename T, typename Scalar>
-void start_panel(const Problem<T, Scalar>& problem, int64_t first_row, Panel<T>& panel) {
-  const int64_t dim = problem.embed_dim;
+void start_panel(const Problem<T, Scalar>& problem, int64_t first_row, T* query, T* key,
+                 Panel<T>& panel) {
+  const int64_t dim = problem.embed_dim, size = dim * kPanelRows<T>;
   const int64_t rows = problem.batch - first_row;
-  AlignedVector<T> key(dim * kPanelRows<T>, T(0));
-  panel.query.assign(dim * kPanelRows<T>, T(0));
-  panel.direction.assign(problem.direction ? dim * kPanelRows<T> : 0, T(0));
+  std::memset(query, 0, size * sizeof(T));
+  std::memset(key, 0, size * sizeof(T));
+  panel.direction.assign(problem.direction ? size : 0, T(0));
   for (int lane = 0; lane < kPanelRows<T>; ++lane) {
     panel.sum[lane] = 0;
     panel.rank[lane] = 0;
@@ -76,7 +87,7 @@ void start_panel(const Problem<T, Scalar>& problem, int64_t first_row, Panel<T>&
     if (lane >= rows) continue;
     const int64_t row = first_row + lane;
     for (int64_t c = 0; c < dim; ++c) {
-      panel.query[c * kPanelRows<T> + lane] = problem.query.at(row, c);
+      query[c * kPanelRows<T> + lane] = problem.query.at(row, c);
       key[c * kPanelRows<T> + lane] = problem.key.at(row, c);
     }
     if (problem.query_ids) panel.ids[lane] = problem.query_ids[row * problem.query_ids_stride];
@@ -88,7 +99,7 @@ void start_panel(const Problem<T, Scalar>& problem, int64_t first_row, Panel<T>&
       typename LanesOf<T>::Vector sum = {};
       for (int64_t c = start; c < dim && c < start + kDepthBlock; ++c) {
         const int64_t offset = c * kPanelRows<T> + v * kLanes<T>;
-        sum += load(key.data() + offset) * load(panel.query.data() + offset);
+        sum += load(key + offset) * load(query + offset);
       }
       total += sum;
     }
@@ -159,10 +170,11 @@ inline void raise_peak(Panel<T>& panel, const T* largest, T scale) {
 
 // One tile of the queue against one panel: logits, rank, softmax so far, direction so far.
 template <typename T>
-void add_tile(Panel<T>& panel, const Tile<T>& tile, int64_t dim, T scale, T* logits) {
+void add_tile(Panel<T>& panel, const T* query, const Tile<T>& tile, int64_t dim, T scale,
+              T* logits) {
   using Vector = typename LanesOf<T>::Vector;
   std::memset(logits, 0, tile.keys * kPanelRows<T> * sizeof(T));
-  multiply<T, false>(tile.data, tile.keys, tile.stride, panel.query.data(), dim, logits);
+  multiply<T, false>(tile.data, tile.keys, tile.stride, query, dim, logits);
   if (tile.ids) leave_out_same_ids(panel, tile, logits);
   alignas(64) T largest[kPanelRows<T>];
   scan_logits(panel, logits, tile.keys, largest);
@@ -223,23 +235,23 @@ inline void prefetch_next(const Tile<T>& tile, int64_t rows_after, int64_t dim, 
 // them.
 template <typename T, typename Scalar>
 void gather(const Problem<T, Scalar>& problem, int64_t first_row, Panel<T>* panels, int64_t count,
-            int64_t first_key, int64_t last_key) {
+            int64_t first_key, int64_t last_key, Workspace<T>& work) {
+  const int64_t dim = problem.embed_dim, tile_keys = problem.tile_keys;
+  work.queries.resize(count * dim * kPanelRows<T>);
+  work.key.resize(dim * kPanelRows<T>);
+  work.logits.resize(tile_keys * kPanelRows<T>);
+  auto query = [&](int64_t p) { return work.queries.data() + p * dim * kPanelRows<T>; };
   for (int64_t p = 0; p < count; ++p) {
-    start_panel(problem, first_row + p * kPanelRows<T>, panels[p]);
+    start_panel(problem, first_row + p * kPanelRows<T>, query(p), work.key.data(), panels[p]);
   }
-  const int64_t dim = problem.embed_dim;
-  const int64_t tile_keys = problem.tile_keys;
-  AlignedVector<T> logits(tile_keys * kPanelRows<T>), converted;
-  std::vector<int64_t> ids;
   for (int64_t start = first_key; start < last_key; start += tile_keys) {
     const int64_t end = start + tile_keys < last_key ? start + tile_keys : last_key;
-    const Tile<T> tile = read_tile(problem, start, end, converted, ids);
+    const Tile<T> tile = read_tile(problem, start, end, work);
     for (int64_t p = 0; p < count; ++p) {
-      if (converted.empty()) prefetch_next(tile, last_key - end, dim, p, count);
-      add_tile(panels[p], tile, dim, problem.scale, logits.data());
+      if (work.converted.empty()) prefetch_next(tile, last_key - end, dim, p, count);
+      add_tile(panels[p], query(p), tile, dim, problem.scale, work.logits.data());
     }
   }
-  for (int64_t p = 0; p < count; ++p) panels[p].query = {};
 }
 
 // Adds what another segment of the queue gave the same queries.
@@ -290,13 +302,14 @@ void forward_kernel(const Problem<T, Scalar>& problem) {
   std::vector<Panel<T>> gathered(plan.segments * plan.panels);
 
   share_out(plan.groups * plan.segments, [&](Tasks& tasks) {
+    Workspace<T> work;
     for (int64_t unit; tasks.take(unit);) {
       const int64_t group = unit / plan.segments, segment = unit % plan.segments;
       const int64_t first = plan.panels * group / plan.groups;
       const int64_t last = plan.panels * (group + 1) / plan.groups;
       gather(problem, first * kPanelRows<T>, gathered.data() + segment * plan.panels + first,
              last - first, problem.queue_size * segment / plan.segments,
-             problem.queue_size * (segment + 1) / plan.segments);
+             problem.queue_size * (segment + 1) / plan.segments, work);
       for (int64_t p = first; plan.segments == 1 && p < last; ++p) {
         finish_panel(problem, p * kPanelRows<T>, gathered[p]);
         gathered[p].direction = {};
