@@ -40,10 +40,10 @@ class Peer:
     reason: str = ""
 
 
-def compiled(function: Callable[..., Any], *, skip: bool) -> Peer:
+def compiled(function: Callable[..., Any], *, skip: bool, name: str = "torch.compile") -> Peer:
     if skip:
-        return Peer("torch.compile", status="n/a", reason="compiling takes longer than --quick")
-    return Peer("torch.compile", torch.compile(function, dynamic=False))
+        return Peer(name, status="n/a", reason="compiling takes longer than --quick")
+    return Peer(name, torch.compile(function, dynamic=False))
 
 
 # --- queue_info_nce
@@ -202,10 +202,11 @@ def covariance_gram(features: Tensor) -> Tensor:
 
 
 def covariance_peers(samples: int, dims: int, *, quick: bool) -> list[Peer]:
-    gram = Peer("Gram form", covariance_gram)
+    peers = [Peer("eager", covariance_eager), compiled(covariance_eager, skip=quick)]
     if samples >= dims:
-        gram = Peer("Gram form", status="n/a", reason="no smaller than the covariance")
-    return [Peer("eager", covariance_eager), compiled(covariance_eager, skip=quick), gram]
+        return [*peers, Peer("Gram form", status="n/a", reason="no smaller than the covariance")]
+    gram = compiled(covariance_gram, skip=quick, name="Gram form, compiled")
+    return [*peers, Peer("Gram form", covariance_gram), gram]
 
 
 # --- zca_whiten

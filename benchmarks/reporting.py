@@ -142,7 +142,9 @@ def describe_environment(device: torch.device) -> dict[str, Any]:
         "system": platform.platform(),
         "cpu": _cpu_model(),
         "cpu_kernels": build_info()["cpu_kernels"],
+        "torch_kernels": torch.backends.cpu.get_cpu_capability().lower(),
         "threads": torch.get_num_threads(),
+        "variables": " ".join(f"{k}={v}" for k, v in sorted(os.environ.items()) if matters(k)),
         "load_average": round(os.getloadavg()[0], 2),
         "device_name": torch.cuda.get_device_name(device) if cuda else _cpu_model(),
         "driver": _run("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
@@ -152,12 +154,18 @@ def describe_environment(device: torch.device) -> dict[str, Any]:
     }
 
 
+def matters(variable: str) -> bool:
+    """Whether an environment variable changes which kernels run, or how threads wait."""
+    return variable.startswith(("OMP_", "MKL_", "GOMP_", "KMP_", "ATEN_CPU_", "MEDMOCO_CPU_"))
+
+
 def environment_text(environment: dict[str, Any]) -> str:
     e = environment
     driver = f", driver {e['driver']}, CUDA {e['cuda']}" if e["driver"] else ""
     return (
         f"medmoco {e['medmoco']} at {e['commit']}, torch {e['torch']}, {e['cpu_kernels']} kernels\n"
         f"{e['device_name']}{driver}, {e['threads']} threads, load {e['load_average']}, {e['date']}"
+        + (f"\n{e['variables']}" if e["variables"] else "")
     )
 
 
