@@ -125,8 +125,13 @@ def write_results(
     if csv_file is not None:
         write_text(csv_file, csv_text(environment, rows))
     if json_file is not None:
-        listed = [dataclasses.asdict(row) for row in rows]
+        listed = [{k: _json_value(v) for k, v in dataclasses.asdict(r).items()} for r in rows]
         write_json(json_file, {"environment": environment, "rows": listed})
+
+
+def _json_value(value: Any) -> Any:
+    """JSON has no NaN and no infinity, which errors of a wrong result may be."""
+    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def describe_environment(device: torch.device) -> dict[str, Any]:

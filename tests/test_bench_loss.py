@@ -184,6 +184,16 @@ def test_a_wrong_operator_is_found_before_it_is_timed(op, wrong, monkeypatch, ca
     assert f"FAILED: {op}" in text
 
 
+def test_an_error_that_is_no_number_can_be_written(tmp_path, monkeypatch, capsys):
+    right = ops.covariance_loss
+    monkeypatch.setattr(ops, "covariance_loss", lambda features: right(features) * torch.nan)
+    file = tmp_path / "rows.json"
+    flags = ["--quick", "--op", "covariance_loss", "--device", "cpu", "--json", str(file)]
+    assert bench_loss.main(flags) == 1
+    ours, *_ = json.loads(file.read_text())["rows"]
+    assert ours["status"] == "FAILED" and ours["value_error"] == "nan"
+
+
 def test_a_wrong_gradient_is_found(monkeypatch):
     class Doubled(torch.autograd.Function):
         @staticmethod

@@ -281,17 +281,20 @@ struct Plan {
 
   template <typename T>
   static Plan of(int64_t batch, int64_t queue_size, int64_t embed_dim) {
-    constexpr int64_t units = 32;                // enough to keep threads busy, and balanced
+    constexpr int64_t units = 32;  // enough to keep threads busy, and balanced
+    constexpr int64_t least_units = 8;
     constexpr int64_t least_keys = 1024;         // worth a segment
     constexpr int64_t most_bytes = 8 * 1048576;  // of directions, one a segment
     const int64_t panels = (batch + kPanelRows<T> - 1) / kPanelRows<T>;
-    const int64_t groups = (panels * kPanelRows<T> + kGroupRows - 1) / kGroupRows;
+    int64_t groups = (panels * kPanelRows<T> + kGroupRows - 1) / kGroupRows;
     const int64_t segment_bytes = panels * kPanelRows<T> * embed_dim * int64_t(sizeof(T));
     int64_t segments = 1;
     while (groups * segments < units && 2 * segments * least_keys <= queue_size &&
            2 * segments * segment_bytes <= most_bytes) {
       segments *= 2;
     }
+    // A queue too short for segments: fewer rows share a tile, but more threads have work.
+    while (panels > 0 && groups * segments < least_units && 2 * groups <= panels) groups *= 2;
     return {panels, groups, segments};
   }
 };
