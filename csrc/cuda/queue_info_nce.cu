@@ -11,7 +11,7 @@
 #include <tuple>
 
 #include "../checks.h"
-#include "launch.cuh"
+#include "device.cuh"
 
 namespace medmoco {
 namespace {

@@ -1,0 +1,33 @@
+// Threads of a warp and of a block, and the fast exponential.
+
+#pragma once
+
+#include <cuda_runtime.h>
+
+namespace medmoco {
+
+constexpr int kWarpLanes = 32;
+
+// The value of the lane whose number differs by the bits of `mask`; float and int.
+template <typename T>
+__device__ __forceinline__ T shuffle_xor(T value, int mask) {
+  return __shfl_xor_sync(0xffffffffu, value, mask);
+}
+
+// Whether any lane says so.
+__device__ __forceinline__ bool warp_any(bool condition) {
+  return __any_sync(0xffffffffu, condition);
+}
+
+// Nobody goes on until all threads of the block have come. What they wrote to shared memory before
+// it, all may read after it.
+__device__ __forceinline__ void block_barrier() { __syncthreads(); }
+
+// 2^x to 2 units in the last place; below 2^-126 it is 0.
+__device__ __forceinline__ float exp2_fast(float x) {
+  float power;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(power) : "f"(x));
+  return power;
+}
+
+}  // namespace medmoco
