@@ -19,8 +19,8 @@ import pytest
 
 from medmoco import _C
 
-# Kernels of the tensor cores, and what their machine code has to hold: products (HMMA), shared memory
-# read in fragments (LDSM), copies that bypass registers (LDGSTS).
+# Kernels on the tensor cores, and what their machine code has to hold: products (HMMA), reads of
+# shared memory in fragments (LDSM), copies that bypass registers (LDGSTS).
 NEEDED_INSTRUCTIONS: dict[str, tuple[str, ...]] = {}
 
 PROBE = """
