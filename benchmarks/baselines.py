@@ -28,8 +28,7 @@ from attention import (
 )
 from medmoco.ops.zca_whiten import zca_whiten_reference
 
-CHUNK_ROWS = 64
-SPLITS = 8
+FEW_ROWS = 1024
 
 
 @dataclass(frozen=True)
@@ -67,6 +66,12 @@ def info_nce_eager(
     return cross_entropy(logits.float(), target, reduction="none")
 
 
+def info_nce_autocast(query: Tensor, *operands: Any) -> Tensor:
+    """The same as it is trained with on CUDA: products in 16 bits, cross-entropy in float32."""
+    with torch.autocast(query.device.type, query.dtype):
+        return info_nce_eager(query, *operands)
+
+
 def info_nce_chunked(
     query: Tensor,
     key: Tensor,
@@ -74,14 +79,18 @@ def info_nce_chunked(
     temperature: float,
     query_ids: Tensor | None = None,
     queue_ids: Tensor | None = None,
+    *,
+    eager: Callable[..., Tensor],
+    chunk: int,
 ) -> Tensor:
     """The same over chunks of rows, computed again in the backward pass."""
     losses = []
-    for start in range(0, len(query), CHUNK_ROWS):
-        rows = slice(start, start + CHUNK_ROWS)
+    for start in range(0, len(query), chunk):
+        rows = slice(start, start + chunk)
         ids = None if query_ids is None else query_ids[rows]
         operands = (query[rows], key[rows], queue, temperature, ids, queue_ids)
-        losses.append(checkpoint(info_nce_eager, *operands, use_reentrant=False))
+        # The state of the random numbers, of which there are none, would keep it from a CUDA graph.
+        losses.append(checkpoint(eager, *operands, use_reentrant=False, preserve_rng_state=False))
     return torch.cat(losses)
 
 
@@ -109,8 +118,21 @@ def info_nce_cce(query: Tensor, key: Tensor, queue: Tensor, temperature: float) 
     return from_cross_entropy(loss, query, key, queue, temperature)
 
 
+def queue_splits(rows: int, device: torch.device) -> tuple[int, ...]:
+    """In how many parts of the queue attention is tried: few rows need many to fill a GPU."""
+    if device.type == "cpu":
+        return (1, 8)
+    return (1, 16, 32, 64, 128) if rows <= FEW_ROWS else (1, 2, 4, 8)
+
+
 def info_nce_peers(
-    queue_size: int, dtype: torch.dtype, device: torch.device, *, with_ids: bool, quick: bool
+    rows: int,
+    queue_size: int,
+    dtype: torch.dtype,
+    device: torch.device,
+    *,
+    with_ids: bool,
+    quick: bool,
 ) -> list[Peer]:
     cuda = device.type == "cuda"
     sixteen_bit = dtype in (torch.float16, torch.bfloat16)
@@ -119,13 +141,15 @@ def info_nce_peers(
         kernels = {"attention (efficient)": cuda_efficient}
         if sixteen_bit:
             kernels |= {"attention (flash)": cuda_flash, "attention (cudnn)": cuda_cudnn}
+    eager = info_nce_autocast if cuda and sixteen_bit else info_nce_eager
+    chunked = partial(info_nce_chunked, eager=eager, chunk=1024 if cuda else 64)
     peers = [
-        Peer("eager", info_nce_eager),
-        compiled(info_nce_eager, skip=quick),
-        Peer("chunked, checkpoint", info_nce_chunked),
+        Peer("eager", eager),
+        compiled(eager, skip=quick),
+        Peer("chunked, checkpoint", chunked),
     ]
     for name, kernel in kernels.items():
-        for splits in (1, SPLITS):
+        for splits in queue_splits(rows, device):
             title = name if splits == 1 else f"{name}, {splits} splits"
             function = partial(info_nce_attention, kernel=kernel, splits=splits)
             peer = Peer(title, function)

@@ -2,13 +2,16 @@
 
     python benchmarks/bench_loss.py
     python benchmarks/bench_loss.py --op dense_match --sizes B=4,C=128,S=1024 --json match.json
+    python benchmarks/bench_loss.py --op queue_info_nce --device cuda --dtype bfloat16 float32
 
 Every contestant is checked against float64 first; one that fails is not timed. Contestants of a
 case are timed in turns, together with a large matrix product and a large copy, whose rates give the
-floor. Exit status: 0; 1 if a result of medmoco's is wrong; 2 for flags that make no sense.
+floor. Files are written anew after each case, so that a run cut short leaves what it measured.
+Exit status: 0; 1 if a result of medmoco's is wrong; 2 for flags that make no sense.
 """
 
 import argparse
+import itertools
 import sys
 import warnings
 from collections.abc import Iterator, Sequence
@@ -23,12 +26,14 @@ from operation import Operation, Size
 from reporting import (
     LEGEND,
     OURS,
+    Row,
     case_text,
     describe_environment,
     environment_text,
     write_results,
 )
 from scaling import draw_scaling, scaling_cases
+from summary import summary_text
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -42,18 +47,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     environment = describe_environment(flags.device)
     print(environment_text(environment), LEGEND, sep="\n")
     if flags.plot is not None:
-        cases += scaling_cases(DTYPES[flags.dtype], flags.device, quick=flags.quick)
+        cases += scaling_cases(DTYPES[flags.dtype[0]], flags.device, quick=flags.quick)
 
-    results = []
+    results: list[tuple[Case, list[Row]]] = []
+    rows: list[Row] = []
     with tqdm(cases, unit="case", disable=None, dynamic_ncols=True) as bar:
         for case in bar:
             bar.set_description(f"{case.operation.name} {case.shape()}")
-            rows = run_case(case, quick=flags.quick)
-            results.append((case, rows))
-            bar.write(f"\n{case_text(rows)}", file=sys.stdout)
+            results.append((case, run_case(case, quick=flags.quick)))
+            rows += results[-1][1]
+            bar.write(f"\n{case_text(results[-1][1])}", file=sys.stdout)
+            write_results(environment, rows, flags.csv, flags.json)
 
-    rows = [row for _, rows in results for row in rows]
-    write_results(environment, rows, flags.csv, flags.json)
+    print(f"\n{summary_text(rows)}")
     if flags.plot is not None:
         draw_scaling(flags.plot, environment, results)
     failed = [row for row in rows if row.contestant == OURS and row.status == "FAILED"]
@@ -97,8 +103,16 @@ def _parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("--op", nargs="+", choices=OPERATIONS, default=list(OPERATIONS), help="default: all")
     add("--device", help="cpu, cuda, cuda:1; default: cuda if there is a GPU")
-    add("--dtype", choices=DTYPES, default="float32", help="of the operands; default: float32")
+    add(
+        "--dtype",
+        nargs="+",
+        choices=DTYPES,
+        default=["float32"],
+        help="of the operands; default: float32",
+    )
     add("--sizes", nargs="+", help="for one --op, such as N=256,K=65536,C=128")
+    add("--peers", nargs="+", metavar="NAME", default=["*"], help="such as eager 'attention*'")
+    add("--graph", action="store_true", help="replay CUDA graphs: for few rows on a GPU")
     add("--quick", action="store_true", help="small sizes and no compiling: seconds")
     add("--threads", type=int, help="of the CPU; default: PyTorch's choice")
     add("--csv", type=Path, metavar="FILE", help="write a line a row")
@@ -121,6 +135,10 @@ def parse_flags(argv: Sequence[str] | None) -> tuple[argparse.Namespace, list[Ca
         parser.error(f"--threads: expected at least 1, got {flags.threads}")
     if flags.sizes and len(flags.op) != 1:
         parser.error(f"--sizes: expected a single --op, got {' '.join(flags.op)}")
+    if flags.graph and flags.device.type != "cuda":
+        parser.error(f"--graph: expected --device cuda, got {flags.device}")
+    if flags.plot is not None and len(flags.dtype) != 1:
+        parser.error(f"--plot: expected a single --dtype, got {' '.join(flags.dtype)}")
     for flag in ("csv", "json", "plot"):
         path = getattr(flags, flag)
         if path is not None and (path.is_dir() or not path.absolute().parent.is_dir()):
@@ -148,19 +166,32 @@ def _device(parser: argparse.ArgumentParser, name: str | None) -> torch.device:
 
 
 def _cases(flags: argparse.Namespace) -> Iterator[Case]:
-    for name in flags.op:
+    for name, dtype in itertools.product(flags.op, flags.dtype):
         operation = OPERATIONS[name]
-        passes = operation.passes()
-        if flags.sizes:
-            chosen = [(parse_size(text, operation), passes) for text in flags.sizes]
-        elif flags.quick:
-            chosen = [(size, passes) for size in operation.quick_sizes]
-        else:
-            chosen = [(size, passes) for size in operation.sizes]
-            chosen += [(size, passes[-1:]) for size in operation.large_sizes]
-        for size, wanted in chosen:
-            for backward in wanted:
-                yield Case(operation, size, DTYPES[flags.dtype], flags.device, backward)
+        for size, passes in _sizes(operation, flags):
+            for backward in passes:
+                yield Case(
+                    operation,
+                    size,
+                    DTYPES[dtype],
+                    flags.device,
+                    backward,
+                    graph=flags.graph,
+                    contestants=tuple(flags.peers),
+                )
+
+
+def _sizes(operation: Operation, flags: argparse.Namespace) -> list[tuple[Size, tuple[bool, ...]]]:
+    """Sizes, and for each whether with a backward pass, for each pass that is timed."""
+    passes = operation.passes()
+    if flags.sizes:
+        return [(parse_size(text, operation), passes) for text in flags.sizes]
+    if flags.quick:
+        return [(size, passes) for size in operation.quick_sizes]
+    large = operation.large_sizes
+    if flags.device.type == "cuda":
+        large = operation.cuda_large_sizes or large
+    return [(s, passes) for s in operation.sizes] + [(s, passes[-1:]) for s in large]
 
 
 if __name__ == "__main__":

@@ -36,6 +36,10 @@ class QueueInfoNCE(Operation):
         {"N": 256, "K": 65536, "C": 128, "ids": 1},
     )
     large_sizes = ({"N": 1568, "K": 65536, "C": 128},)
+    cuda_large_sizes = (
+        {"N": 12544, "K": 65536, "C": 128},
+        {"N": 100352, "K": 65536, "C": 128},
+    )
     quick_sizes = ({"N": 32, "K": 1024, "C": 64}, {"N": 32, "K": 1024, "C": 64, "ids": 1})
     temperature = 0.2
     # Of the loss, and of the gradient relative to its largest entry, measured against float64 at
@@ -74,10 +78,15 @@ class QueueInfoNCE(Operation):
         self, size: Size, dtype: torch.dtype, device: torch.device, *, quick: bool
     ) -> list[Peer]:
         with_ids = bool(size.get("ids"))
-        return baselines.info_nce_peers(size["K"], dtype, device, with_ids=with_ids, quick=quick)
+        return baselines.info_nce_peers(
+            size["N"], size["K"], dtype, device, with_ids=with_ids, quick=quick
+        )
 
     def flop(self, size: Size, *, backward: bool) -> float:
         return (4 if backward else 2) * size["N"] * size["K"] * size["C"]
+
+    def exponentials(self, size: Size) -> float:
+        return size["N"] * size["K"]
 
     def checker(self, inputs: Inputs, *, backward: bool) -> Callable[[Outcome], Errors]:
         query, key, queue, temperature, *ids = inputs.operands
@@ -103,12 +112,13 @@ class QueueInfoNCE(Operation):
 
         return errors
 
-    def allowed(self, outcome: Outcome, eager: Errors, device: torch.device) -> Errors:
-        gradient = outcome.gradient
-        dtype = torch.float32 if gradient is None or device.type == "cpu" else gradient.dtype
-        errors = {name: 3 * self.measured[dtype][name] for name in eager}
-        if gradient is not None and gradient.dtype != torch.float32:
-            errors["gradient"] += torch.finfo(gradient.dtype).eps  # it is rounded to
+    def allowed(
+        self, outcome: Outcome, eager: Errors, dtype: torch.dtype, device: torch.device
+    ) -> Errors:
+        measured = self.measured[torch.float32 if device.type == "cpu" else dtype]
+        errors = {name: 3 * measured[name] for name in eager}
+        if outcome.gradient is not None and dtype != torch.float32:
+            errors["gradient"] += torch.finfo(dtype).eps  # it is rounded to
         return errors
 
 
@@ -148,7 +158,9 @@ class DenseMatch(Operation):
 
         return errors
 
-    def allowed(self, outcome: Outcome, eager: Errors, device: torch.device) -> Errors:
+    def allowed(
+        self, outcome: Outcome, eager: Errors, dtype: torch.dtype, device: torch.device
+    ) -> Errors:
         return {"value": 2 * eager["value"] + 4 * torch.finfo(outcome.values[1].dtype).eps}
 
 

@@ -16,6 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from gpu import exponentials_per_s
+
 LEAST_REPEATS, MOST_REPEATS = 3, 100
 CLEAR_REFS = Path("/proc/self/clear_refs")
 BALLAST_BYTES = 2**18
@@ -170,15 +172,43 @@ def _high_water() -> int:
 
 
 @dataclass(frozen=True)
+class Work:
+    """The least that has to be done, whoever does it."""
+
+    flop: float  # of matrix products
+    moved: float  # bytes read and written
+    exponentials: float = 0
+
+
+@dataclass(frozen=True)
+class Floors:
+    """Seconds below which each part of the work cannot be done."""
+
+    product: float
+    copy: float
+    exponentials: float | None
+
+    @property
+    def largest(self) -> float:
+        """The floor of all: at best the parts overlap."""
+        return max(self.product, self.copy, self.exponentials or 0)
+
+
+@dataclass(frozen=True)
 class Rates:
     """What the machine does at best, measured beside the contestants."""
 
     flop_per_s: float  # of a large matrix product
     bytes_per_s: float  # read and written by a large copy
+    exponentials_per_s: float | None = None  # by the clock; None where they are no bound
 
-    def floor(self, flop: float, moved: float) -> float:
-        """Seconds below which work of `flop` operations and `moved` bytes cannot be done."""
-        return max(flop / self.flop_per_s, moved / self.bytes_per_s)
+    def floors(self, work: Work) -> Floors:
+        rate = self.exponentials_per_s
+        return Floors(
+            product=work.flop / self.flop_per_s,
+            copy=work.moved / self.bytes_per_s,
+            exponentials=None if rate is None else work.exponentials / rate,
+        )
 
 
 class Yardsticks:
@@ -188,13 +218,16 @@ class Yardsticks:
         cuda = device.type == "cuda"
         largest = 256 if quick else 8192 if cuda else 2048
         size, seconds = 64, 0.0
+        generator = torch.Generator(device).manual_seed(0)
         # Some products have no fast path (float16 on most CPUs): those are measured on small ones.
         while size < largest and 8 * seconds < LONGEST_PRODUCT:
             size *= 2
             # Random: GPUs multiply constant matrices faster, as they draw less power.
-            self._matrix = torch.randn(size, size, device=device).to(dtype)
+            matrix = torch.randn(size, size, generator=generator, device=device)
+            self._matrix = matrix.to(dtype)
             seconds = min(_time_each([partial(self._product, 0)] * 3, device))
         megabytes = 8 if quick else 1024 if cuda else 128
+        self._exponentials_per_s = exponentials_per_s(device)
         self._source = torch.ones(megabytes * 2**20, dtype=torch.uint8, device=device)
         self._target = torch.empty_like(self._source)
         self.calls: dict[str, Callable[[int], object]] = {
@@ -204,7 +237,11 @@ class Yardsticks:
 
     def rates(self, times: Mapping[str, list[float]]) -> Rates:
         product, copy = (statistics.median(times[name]) for name in self.calls)
-        return Rates(2 * len(self._matrix) ** 3 / product, 2 * self._source.nbytes / copy)
+        return Rates(
+            flop_per_s=2 * len(self._matrix) ** 3 / product,
+            bytes_per_s=2 * self._source.nbytes / copy,
+            exponentials_per_s=self._exponentials_per_s,
+        )
 
     def _product(self, _: int) -> Any:
         return self._matrix @ self._matrix

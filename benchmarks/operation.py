@@ -62,6 +62,7 @@ class Operation(ABC):
     optional: tuple[str, ...] = ()
     sizes: Sequence[Size]
     large_sizes: Sequence[Size] = ()
+    cuda_large_sizes: Sequence[Size] = ()  # in their place on CUDA, if any
     quick_sizes: Sequence[Size]
     differentiable = True
 
@@ -93,7 +94,13 @@ class Operation(ABC):
     def checker(self, inputs: Inputs, *, backward: bool) -> Callable[[Outcome], Errors]:
         """A function that compares outcomes of `inputs` with float64."""
 
-    def allowed(self, outcome: Outcome, eager: Errors, device: torch.device) -> Errors:
+    def exponentials(self, size: Size) -> float:
+        """How many cannot be left out."""
+        return 0
+
+    def allowed(
+        self, outcome: Outcome, eager: Errors, dtype: torch.dtype, device: torch.device
+    ) -> Errors:
         """Largest errors of medmoco's: twice those of eager PyTorch in the same dtype."""
         rounding = {"value": outcome.values[0].dtype, "gradient": outcome.values[0].dtype}
         if outcome.gradient is not None:

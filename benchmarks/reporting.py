@@ -7,7 +7,6 @@ import math
 import os
 import platform
 import shlex
-import subprocess
 import sys
 import textwrap
 from collections.abc import Iterable, Sequence
@@ -19,6 +18,7 @@ from typing import Any
 import torch
 
 import medmoco
+from gpu import ask_driver, clock_mhz, first_line
 from medmoco._C import build_info
 from medmoco.output import write_json, write_text
 
@@ -26,7 +26,8 @@ ROOT = Path(__file__).resolve().parents[1]
 OURS = "medmoco"
 LEGEND = (
     "x medmoco: time over medmoco's. x floor: over what the least work takes at the rate of a\n"
-    "large matrix product, or of a large copy. peak: beyond inputs, outputs and gradients."
+    "large matrix product, or of a large copy, or (on CUDA) for exponentials by the clock.\n"
+    "peak: beyond inputs, outputs and gradients."
 )
 
 
@@ -39,7 +40,7 @@ class Row:
     device: str
     dtype: str
     shape: str
-    pass_name: str  # "forward" or "forward+backward"
+    pass_name: str  # "forward" or "forward+backward", "... graph" where a CUDA graph is replayed
     contestant: str
     status: str  # ok, FAILED (wrong result: not timed), error, missing, n/a
     note: str = ""
@@ -56,7 +57,10 @@ class Row:
     gradient_error_allowed: float | None = None
     times_medmoco: float | None = None  # median over that of medmoco
     times_floor: float | None = None
-    floor_ms: float | None = None
+    floor_ms: float | None = None  # the largest of the next three
+    product_floor_ms: float | None = None
+    copy_floor_ms: float | None = None
+    exponential_floor_ms: float | None = None  # on CUDA, where their unit may be what is slowest
     product_gflop_per_s: float | None = None  # the rates that the floor is reckoned from
     copy_gbyte_per_s: float | None = None
 
@@ -70,10 +74,7 @@ def case_text(rows: Sequence[Row]) -> str:
     lines = [f"{first.op}  {first.shape}  {first.dtype}  {first.device}  {first.pass_name}"]
     timed = next((row for row in rows if row.floor_ms is not None), None)
     if timed is not None:
-        lines[0] += (
-            f"   floor {_number(timed.floor_ms)} ms at {timed.product_gflop_per_s:.0f} GFLOP/s, "
-            f"{timed.copy_gbyte_per_s:.0f} GB/s"
-        )
+        lines.append(_floor_text(timed))
     lines.append(
         f"  {'':25}{'median [p20, p80] ms':>28}{'GFLOP/s':>9}{'GB/s':>9}{'peak MiB':>10}"
         f"{'error':>9}{'x medmoco':>11}{'x floor':>9}"
@@ -89,20 +90,30 @@ def case_text(rows: Sequence[Row]) -> str:
     return "\n".join(lines)
 
 
+def _floor_text(row: Row) -> str:
+    parts = [
+        f"product {number(row.product_floor_ms)} at {row.product_gflop_per_s:.0f} GFLOP/s",
+        f"copy {number(row.copy_floor_ms)} at {row.copy_gbyte_per_s:.0f} GB/s",
+    ]
+    if row.exponential_floor_ms is not None:
+        parts.append(f"exponentials {number(row.exponential_floor_ms)}")
+    return f"  floor {number(row.floor_ms)} ms ({', '.join(parts)})"
+
+
 def _row_text(row: Row) -> str:
     if row.status != "ok":
         return f"  {row.contestant:25}{row.status}: {row.note}"
-    times = f"{_number(row.median_ms)} [{_number(row.p20_ms)}, {_number(row.p80_ms)}]"
+    times = f"{number(row.median_ms)} [{number(row.p20_ms)}, {number(row.p80_ms)}]"
     error = max(e for e in (row.value_error, row.gradient_error) if e is not None)
     name = f"{row.contestant} ({row.note})" if row.note else row.contestant
     return (
-        f"  {name:25}{times:>28}{_number(row.gflop_per_s):>9}{_number(row.gbyte_per_s):>9}"
-        f"{_number(row.peak_mib, '.1f'):>10}{error:9.1e}"
-        f"{_number(row.times_medmoco, '.2f'):>11}{_number(row.times_floor, '.2f'):>9}"
+        f"  {name:25}{times:>28}{number(row.gflop_per_s):>9}{number(row.gbyte_per_s):>9}"
+        f"{number(row.peak_mib, '.1f'):>10}{error:9.1e}"
+        f"{number(row.times_medmoco, '.2f'):>11}{number(row.times_floor, '.2f'):>9}"
     )
 
 
-def _number(value: float | None, form: str | None = None) -> str:
+def number(value: float | None, form: str | None = None) -> str:
     """Four significant digits and no exponent, or in the given format."""
     if value is None:
         return "n/a"
@@ -152,16 +163,19 @@ def describe_environment(device: torch.device) -> dict[str, Any]:
         "variables": " ".join(f"{k}={v}" for k, v in sorted(os.environ.items()) if matters(k)),
         "load_average": round(os.getloadavg()[0], 2),
         "device_name": torch.cuda.get_device_name(device) if cuda else _cpu_model(),
-        "driver": _run("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
+        "driver": ask_driver("driver_version", device) if cuda else None,
+        "cuda": torch.version.cuda if cuda else None,
+        "multiprocessors": torch.cuda.get_device_properties(device).multi_processor_count
         if cuda
         else None,
-        "cuda": torch.version.cuda if cuda else None,
+        "clock_mhz": clock_mhz(device) if cuda else None,
     }
 
 
 def matters(variable: str) -> bool:
     """Whether an environment variable changes which kernels run, or how threads wait."""
-    return variable.startswith(("OMP_", "MKL_", "GOMP_", "KMP_", "ATEN_CPU_", "MEDMOCO_CPU_"))
+    chosen = ("OMP_", "MKL_", "GOMP_", "KMP_", "ATEN_CPU_", "MEDMOCO_CPU_", "MEDMOCO_UNVERIFIED")
+    return variable.startswith(chosen)
 
 
 def environment_text(environment: dict[str, Any]) -> str:
@@ -175,18 +189,9 @@ def environment_text(environment: dict[str, Any]) -> str:
 
 
 def _commit() -> str:
-    commit = _run("git", "-C", str(ROOT), "rev-parse", "--short=12", "HEAD")
-    changed = _run("git", "-C", str(ROOT), "status", "--porcelain", "--untracked-files=no")
+    commit = first_line("git", "-C", str(ROOT), "rev-parse", "--short=12", "HEAD")
+    changed = first_line("git", "-C", str(ROOT), "status", "--porcelain", "--untracked-files=no")
     return commit + (", with uncommitted changes" if changed else "") if commit else "unknown"
-
-
-def _run(*command: str) -> str:
-    """The first line that a program prints; empty if it cannot be run or fails."""
-    try:
-        result = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True)
-    except (OSError, subprocess.SubprocessError):
-        return ""
-    return (result.stdout.splitlines() or [""])[0].strip()
 
 
 def _cpu_model() -> str:

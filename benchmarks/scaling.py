@@ -33,7 +33,7 @@ def scaling_cases(dtype: torch.dtype, device: torch.device, *, quick: bool) -> l
     for part, rows, entries in sizes:
         size = {"N": rows, "K": entries, "C": embed_dim}
         contestants = _contestants(size, dtype, device)
-        cases.append(Case(OPERATION, size, dtype, device, True, part, contestants))
+        cases.append(Case(OPERATION, size, dtype, device, True, part=part, contestants=contestants))
     return cases
 
 

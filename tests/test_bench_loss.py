@@ -289,6 +289,8 @@ def test_cross_entropy_over_the_queue_gives_the_loss():
         ("--threads 0", "--threads: expected at least 1, got 0"),
         ("--json no/such/folder/x.json", "--json: expected a file in an existing folder"),
         ("--plot x.jpg", "--plot: expected a name that ends in .png, got x.jpg"),
+        ("--plot x.png --dtype float32 bfloat16", "--plot: expected a single --dtype"),
+        ("--graph --device cpu", "--graph: expected --device cuda, got cpu"),
     ],
 )
 def test_flags_that_make_no_sense_are_named(flags, message, capsys):

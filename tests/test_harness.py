@@ -1,6 +1,7 @@
 """The benchmark's measuring: turns, memory, and the machine's own rates."""
 
 import ctypes
+import gc
 from functools import partial
 
 import pytest
@@ -10,6 +11,12 @@ import harness
 
 CPU = torch.device("cpu")
 MIB = 2**20
+
+
+@pytest.fixture(autouse=True)
+def garbage_is_collected():
+    """What earlier tests left would else be freed while memory is measured."""
+    gc.collect()
 
 
 def test_yardsticks_rates_are_those_of_their_product_and_copy():
@@ -62,8 +69,15 @@ def test_memory_meter_leaves_out_what_is_returned():
 
 def test_floor_is_the_slower_of_arithmetic_and_memory():
     rates = harness.Rates(flop_per_s=2e9, bytes_per_s=1e9)
-    assert rates.floor(flop=4e9, moved=1e9) == 2.0
-    assert rates.floor(flop=1e9, moved=3e9) == 3.0
+    assert rates.floors(harness.Work(flop=4e9, moved=1e9)).largest == 2.0
+    assert rates.floors(harness.Work(flop=1e9, moved=3e9)).largest == 3.0
+
+
+def test_floor_counts_exponentials_where_their_rate_is_known():
+    work = harness.Work(flop=4e9, moved=1e9, exponentials=5e9)
+    assert harness.Rates(2e9, 1e9).floors(work) == harness.Floors(2.0, 1.0, None)
+    floors = harness.Rates(2e9, 1e9, exponentials_per_s=1e9).floors(work)
+    assert floors.exponentials == floors.largest == 5.0
 
 
 def test_contestants_take_turns_on_changing_inputs():
