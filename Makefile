@@ -8,13 +8,13 @@ setup:
 format:
 	$(PYTHON) -m ruff format .
 	$(PYTHON) -m ruff check --fix .
-	git ls-files 'csrc/*' 'tests/cpp/*.cpp' | xargs clang-format -i
+	git ls-files 'csrc/*' 'tests/cpp/*.cpp' 'tests/emulator/*.cpp' 'tests/emulator/*.h' | xargs clang-format -i
 
 check:
 	$(PYTHON) -m ruff format --check .
 	$(PYTHON) -m ruff check .
 	$(PYTHON) -m mypy
-	git ls-files 'csrc/*' 'tests/cpp/*.cpp' | xargs clang-format --dry-run -Werror
+	git ls-files 'csrc/*' 'tests/cpp/*.cpp' 'tests/emulator/*.cpp' 'tests/emulator/*.h' | xargs clang-format --dry-run -Werror
 
 test:
 	$(PYTHON) -m pytest

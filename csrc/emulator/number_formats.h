@@ -1,0 +1,98 @@
+// bfloat16, float16 and TF32 as the GPU rounds to them.
+
+#pragma once
+
+#include <bit>
+#include <cmath>
+#include <cstdint>
+
+#include "cuda_words.h"
+
+namespace medmoco {
+
+// Storage alone: arithmetic goes through to_float and pack, as in the kernels.
+struct BFloat16 {
+  uint16_t bits;
+};
+struct Half {
+  uint16_t bits;
+};
+
+namespace emulator {
+
+// Drops the low `count` bits, rounding to nearest, ties to even.
+inline uint32_t drop_bits(uint32_t bits, int count) {
+  const uint32_t below_half = (1u << (count - 1)) - 1, odd = (bits >> count) & 1;
+  return (bits + below_half + odd) >> count;
+}
+
+inline uint16_t bfloat16_bits(float value) {
+  if (std::isnan(value)) return 0x7fff;
+  return static_cast<uint16_t>(drop_bits(std::bit_cast<uint32_t>(value), 16));
+}
+
+inline uint16_t half_bits(float value) {
+  if (std::isnan(value)) return 0x7fff;
+  const uint32_t bits = std::bit_cast<uint32_t>(value);
+  const uint16_t sign = static_cast<uint16_t>(bits >> 16 & 0x8000);
+  const uint32_t magnitude = bits & 0x7fffffff;
+  if (magnitude >= std::bit_cast<uint32_t>(65520.0f)) return sign | 0x7c00;  // rounds to infinity
+  if (magnitude < std::bit_cast<uint32_t>(0x1p-14f)) {
+    // Subnormal: a multiple of 2^-24. Adding 1/2, whose last bit is 2^-24, rounds to it.
+    const float shifted = std::bit_cast<float>(magnitude) + 0.5f;
+    return sign | static_cast<uint16_t>(std::bit_cast<uint32_t>(shifted) & 0x7ff);
+  }
+  constexpr uint32_t kExponentBiases = (127 - 15) << 23;
+  return sign | static_cast<uint16_t>(drop_bits(magnitude - kExponentBiases, 13));
+}
+
+// What the tensor cores see of a TF32 operand: the upper 19 bits.
+inline float truncate_to_tf32(uint32_t bits) { return std::bit_cast<float>(bits & 0xffffe000u); }
+
+}  // namespace emulator
+
+__device__ __forceinline__ float to_float(float value) { return value; }
+__device__ __forceinline__ float to_float(BFloat16 value) {
+  return std::bit_cast<float>(static_cast<uint32_t>(value.bits) << 16);
+}
+__device__ __forceinline__ float to_float(Half value) {
+  const int exponent = value.bits >> 10 & 31, mantissa = value.bits & 0x3ff;
+  const float sign = value.bits & 0x8000 ? -1.0f : 1.0f;
+  if (exponent == 31) return sign * (mantissa ? NAN : INFINITY);
+  if (exponent == 0) return sign * std::ldexp(static_cast<float>(mantissa), -24);
+  return sign * std::ldexp(static_cast<float>(mantissa + 1024), exponent - 25);
+}
+
+// For tests, on the host: rounds to nearest even.
+template <typename Scalar>
+Scalar from_float(float value);
+template <>
+inline float from_float<float>(float value) {
+  return value;
+}
+template <>
+inline BFloat16 from_float<BFloat16>(float value) {
+  return {emulator::bfloat16_bits(value)};
+}
+template <>
+inline Half from_float<Half>(float value) {
+  return {emulator::half_bits(value)};
+}
+
+// Rounds both to nearest even: `low` in the lower 16 bits.
+template <typename Scalar>
+__device__ __forceinline__ uint32_t pack(float low, float high) {
+  return static_cast<uint32_t>(from_float<Scalar>(high).bits) << 16 | from_float<Scalar>(low).bits;
+}
+
+// To 10 bits of mantissa, to nearest, ties away from zero.
+__device__ __forceinline__ uint32_t round_to_tf32(float value) {
+  if (std::isnan(value)) return 0x7fffffff;
+  if (std::isinf(value)) return std::bit_cast<uint32_t>(value);
+  return (std::bit_cast<uint32_t>(value) + 0x1000u) & 0xffffe000u;
+}
+
+// Exact to float32's rounding, where the GPU errs by up to 2 units in the last place.
+__device__ __forceinline__ float exp2_fast(float x) { return x < -126.0f ? 0.0f : std::exp2(x); }
+
+}  // namespace medmoco
