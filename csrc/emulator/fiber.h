@@ -13,9 +13,15 @@
 #include <sanitizer/common_interface_defs.h>
 #endif
 
-// Saves the registers that a call keeps and the stack pointer, and takes up those of `to`. The C
-// library's swapcontext does the same, but makes a system call each time.
-#if defined(__x86_64__) && !defined(MEDMOCO_EMULATOR_UCONTEXT)
+// Other processors have the C library's swapcontext, which makes a system call each time.
+#if !defined(__x86_64__) && !defined(MEDMOCO_EMULATOR_UCONTEXT)
+#define MEDMOCO_EMULATOR_UCONTEXT
+#endif
+
+#if defined(MEDMOCO_EMULATOR_UCONTEXT)
+#include <ucontext.h>
+#else
+// Saves the registers that a call keeps and the stack pointer, and takes up those of `to`.
 extern "C" void medmoco_switch_stack(void** from, void* to);
 asm(R"(
   .pushsection .text.medmoco_switch_stack, "axG", @progbits, medmoco_switch_stack, comdat
@@ -40,9 +46,6 @@ medmoco_switch_stack:
   .size medmoco_switch_stack, . - medmoco_switch_stack
   .popsection
 )");
-#else
-#include <ucontext.h>
-#define MEDMOCO_EMULATOR_UCONTEXT
 #endif
 
 namespace medmoco::emulator {

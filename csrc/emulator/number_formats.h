@@ -56,11 +56,12 @@ __device__ __forceinline__ float to_float(BFloat16 value) {
   return std::bit_cast<float>(static_cast<uint32_t>(value.bits) << 16);
 }
 __device__ __forceinline__ float to_float(Half value) {
-  const int exponent = value.bits >> 10 & 31, mantissa = value.bits & 0x3ff;
-  const float sign = value.bits & 0x8000 ? -1.0f : 1.0f;
-  if (exponent == 31) return sign * (mantissa ? NAN : INFINITY);
-  if (exponent == 0) return sign * std::ldexp(static_cast<float>(mantissa), -24);
-  return sign * std::ldexp(static_cast<float>(mantissa + 1024), exponent - 25);
+  const uint32_t sign = (value.bits & 0x8000u) << 16, magnitude = value.bits & 0x7fffu;
+  const uint32_t exponent_bias = magnitude >= 0x7c00 ? 255 - 31 : 127 - 15;  // infinity and NaN
+  const float subnormal = 0x1p-24f * static_cast<float>(magnitude);
+  const uint32_t bits = magnitude < 0x400 ? std::bit_cast<uint32_t>(subnormal)
+                                          : (magnitude << 13) + (exponent_bias << 23);
+  return std::bit_cast<float>(sign | bits);
 }
 
 // For tests, on the host: rounds to nearest even.

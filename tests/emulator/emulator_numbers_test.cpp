@@ -177,9 +177,8 @@ void test_mma_matches_a_loop() {
         expected += product;
         magnitude += std::abs(product);
       }
-      // Each of the additions rounds to float32.
       const double error = std::abs(sum[row * 8 + column] - expected);
-      expect(error <= kDepth * 0x1p-24 * magnitude, "the product of a loop");
+      expect(error <= 0x1p-23 * magnitude, "the product of a loop");
     }
   }
 }
@@ -204,6 +203,19 @@ void test_mma_truncates_tf32_operands_that_were_not_rounded() {
   expect_equal(sum[0], 8 * (2 - 0x1p-10), "eight truncated operands");
 }
 
+void test_mma_truncates_its_sum_towards_zero() {
+  const auto added_to_one = [](float value) {
+    std::vector<float> a(16 * 8, 0), start(16 * 8, 1);
+    a[0] = value;
+    start[1] = -1;
+    return multiply<TF32>(a, std::vector<float>(8 * 8, 1), start);
+  };
+  expect_equal(added_to_one(0x1.8p-23f)[0], 1 + 0x1p-23, "1 + 1.5 units in the last place");
+  expect_equal(added_to_one(0x1.8p-23f)[1], -1 + 0x1p-23 + 0x1p-24, "-1 + 3 smaller units");
+  expect_equal(added_to_one(-0x1.8p-23f)[1], -1 - 0x1p-23, "-1 - 1.5 units in the last place");
+  expect_equal(added_to_one(-0x1p-25f)[0], 1 - 0x1p-24, "1 - half a smaller unit");
+}
+
 }  // namespace
 
 int main() {
@@ -220,5 +232,6 @@ int main() {
   test_mma_spreads_what_is_not_finite_to_its_row_or_column<Bits16<BFloat16>>();
   test_mma_spreads_what_is_not_finite_to_its_row_or_column<Bits16<Half>>();
   test_mma_truncates_tf32_operands_that_were_not_rounded();
+  test_mma_truncates_its_sum_towards_zero();
   return test::report();
 }
