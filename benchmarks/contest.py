@@ -111,12 +111,13 @@ def _enter(contest: Contest, name: str, function: Callable[..., object]) -> None
             must = name == OURS and has_kernel(case.operation.name, case.device)
             row = contest.rows[name]
             row.status = "FAILED" if must else "n/a"
-            row.note = f"cannot be captured: {_summary(error)}"
+            first = error.__context__ or error  # that the capture failed is said after why
+            row.note = f"cannot be captured: {_summary(first)}"
             return
     contest.calls[name] = calls
 
 
-def _summary(error: Exception) -> str:
+def _summary(error: BaseException) -> str:
     if isinstance(error, torch.OutOfMemoryError):
         return "out of memory"
     lines = str(error).strip().splitlines() or [""]

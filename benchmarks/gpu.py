@@ -29,13 +29,13 @@ def captured(call: Callable[[], Result], device: torch.device) -> Callable[[], R
     with torch.cuda.device(device):
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.stream(stream):  # is left even if the capture fails, unlike that of graph()
             for _ in range(WARM_UPS):
                 call()
+            with torch.cuda.graph(graph, stream=stream):
+                result = call()
         torch.cuda.current_stream().wait_stream(stream)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, stream=stream):
-            result = call()
 
     def replay() -> Result:
         graph.replay()

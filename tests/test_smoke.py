@@ -132,6 +132,15 @@ def test_a_side_stream_has_to_be_kept_to(late, monkeypatch):
         smoke_info_nce._check_stream(CPU)
 
 
+def test_what_does_not_fit_into_memory_is_left_out_visibly(monkeypatch, capsys):
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (20e9, 80e9))
+    cuda = torch.device("cuda")
+    for name, check in smoke_info_nce.large_checks(cuda, 2**31):
+        if "batch" in name:
+            assert smoke._passes(name, check)
+    assert "left out: 20 GB are free, 34 needed" in capsys.readouterr().out
+
+
 def test_no_kernel_is_a_failure(monkeypatch, capsys):
     monkeypatch.setattr(smoke, "registered", lambda device: [])
     assert smoke.main(["--device", "cpu"]) == 1
