@@ -23,7 +23,10 @@ from medmoco import _C
 # shared memory in fragments (LDSM), copies that bypass registers (LDGSTS).
 NEEDED_INSTRUCTIONS: dict[str, tuple[str, ...]] = {}
 
+ROOT = Path(__file__).resolve().parents[1]
 PROBE = """
+#include "primitives.cuh"
+
 namespace probe {
 template <int kValues>
 __global__ void many_values(float* data) {  // all of them are alive at once
@@ -41,6 +44,19 @@ __global__ void many_values(float* data) {  // all of them are alive at once
 template __global__ void many_values<40>(float*);
 
 __global__ void copy(float* data) { data[threadIdx.x] = data[threadIdx.x + 32]; }
+
+__global__ void multiply(const float4* data, float* sum) {
+  unsigned char* row = medmoco::shared_memory() + 16 * threadIdx.x;
+  medmoco::cp_async<16>(row, data + threadIdx.x, true);
+  medmoco::cp_async_commit();
+  medmoco::cp_async_wait<0>();
+  medmoco::block_barrier();
+  uint32_t a[4];
+  medmoco::ldmatrix(a, row);
+  float sums[4] = {};
+  medmoco::mma_m16n8k16<medmoco::BFloat16>(sums, a, a[0], a[1]);
+  for (int i = 0; i < 4; ++i) sum[4 * threadIdx.x + i] = sums[i];
+}
 }
 """
 
@@ -158,7 +174,8 @@ def probe(tmp_path_factory):
 
     def compiled(registers: int) -> Path:
         binary = folder / f"{registers}.cubin"
-        flags = ["-cubin", "-arch=sm_80", f"--maxrregcount={registers}", "-o", binary]
+        flags = ["-cubin", "-arch=sm_80", "-std=c++20", f"-I{ROOT}/csrc/cuda"]
+        flags += [f"--maxrregcount={registers}", "-o", binary]
         subprocess.run([nvcc, *flags, folder / "probe.cu"], check=True, timeout=120)
         return binary
 
@@ -192,14 +209,16 @@ def test_kernel_uses_the_instructions_it_is_written_for(name, extension):
 
 
 def test_a_spill_is_found_and_named(probe):
-    (spill,) = spills(resource_usage(dump("resource-usage", probe(24))))
-    assert "void probe::many_values<40>(float*) uses" in spill and "with 24 registers" in spill
+    (spill,) = spills(resource_usage(dump("resource-usage", probe(32))))
+    assert "void probe::many_values<40>(float*) uses" in spill and "with 32 registers" in spill
     assert spills(resource_usage(dump("resource-usage", probe(255)))) == []
 
 
 def test_instructions_are_found_by_kernel(probe):
-    spilled = instructions(dump("sass", probe(24)))
-    many, copy = sorted(spilled, key=lambda kernel: "copy" in kernel.name)
-    assert many.architecture == copy.architecture == "sm_80"
-    assert {"LDG", "STG", "FFMA", "LDL", "STL"} <= spilled[many]
-    assert {"LDG", "STG"} <= spilled[copy] and not {"FFMA", "LDL", "HMMA"} & spilled[copy]
+    found = instructions(dump("sass", probe(32)))
+    assert {kernel.architecture for kernel in found} == {"sm_80"}
+    by_name = {kernel.name.partition("(")[0]: names for kernel, names in found.items()}
+    copy, multiply = by_name["probe::copy"], by_name["probe::multiply"]
+    assert {"LDG", "STG", "FFMA", "LDL", "STL"} <= by_name["void probe::many_values<40>"]
+    assert {"LDG", "STG"} <= copy and not {"FFMA", "LDL", "HMMA"} & copy
+    assert {"HMMA", "LDSM", "LDGSTS"} <= multiply and "LDL" not in multiply
