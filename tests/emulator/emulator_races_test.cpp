@@ -40,15 +40,19 @@ void test_a_barrier_missing_between_read_and_overwrite_is_a_race() {
   expect_fault(kernel, {"race on shared bytes ", "shared_store", "shared_load"});
 }
 
-void test_all_threads_may_read_but_then_none_may_write() {
+// The shuffles order the accesses in this run; on a GPU they would not.
+void test_a_reader_may_not_overwrite_what_another_has_read_too() {
   const auto kernel = +[] {
     float* first = reinterpret_cast<float*>(shared_memory());
-    shared_load(first);
-    shared_load(first);
-    for (int i = 0; i < 5; ++i) shuffle_xor(i, 1);
+    if (threadIdx.x == 0) shared_load(first);
+    shuffle_xor(0, 1);
+    if (threadIdx.x == 1) shared_load(first);
+    shuffle_xor(0, 1);
     if (threadIdx.x == 0) shared_store(first, 2.0f);
   };
-  expect_fault(kernel, {"thread 0 (warp 0, lane 0), shared_store", "read by "});
+  expect_fault(kernel,
+               {"thread 0 (warp 0, lane 0), shared_store",
+                "read by other threads too, besides thread 0 (warp 0, lane 0), shared_load"});
 }
 
 void test_two_writers_race_even_with_the_same_value() {
@@ -129,15 +133,19 @@ void test_a_copy_waited_for_needs_a_barrier_before_others_read_it() {
   expect_fault(kernel, {"shared_load", "cp_async"});
 }
 
-// Another thread may have passed the barrier, but waits for its own copies alone.
+// Here the copy has arrived, and its thread has waited for it, before the other reads.
 void test_a_barrier_before_the_wait_does_not_help_others() {
   const auto kernel = +[] {
-    copy(mine());
+    float* first = reinterpret_cast<float*>(shared_memory());
+    if (threadIdx.x == 0) copy(first);
     block_barrier();
-    cp_async_wait<0>();
-    shared_load(mine(1));
+    if (threadIdx.x == 0) cp_async_wait<0>();
+    shuffle_xor(0, 1);
+    if (threadIdx.x == 1) shared_load(first);
   };
-  expect_fault(kernel, {"shared_load", "cp_async"});
+  expect_fault(kernel,
+               {"thread 1 (warp 0, lane 1), shared_load",
+                "written by thread 0 (warp 0, lane 0), cp_async", "no block_barrier since"});
 }
 
 void test_refilling_a_buffer_that_others_still_read_is_a_race() {
@@ -202,7 +210,7 @@ void test_a_copy_under_way_poisons_its_target() {
 int main() {
   test_a_barrier_missing_between_write_and_read_is_a_race();
   test_a_barrier_missing_between_read_and_overwrite_is_a_race();
-  test_all_threads_may_read_but_then_none_may_write();
+  test_a_reader_may_not_overwrite_what_another_has_read_too();
   test_two_writers_race_even_with_the_same_value();
   test_a_shuffle_does_not_make_sharing_within_a_warp_safe();
   test_ldmatrix_reads_for_the_lane_that_gives_the_address();
