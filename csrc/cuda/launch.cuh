@@ -22,7 +22,7 @@ template <typename... Parameters, typename... Arguments>
 void launch(const char* name, void (*kernel)(Parameters...), dim3 grid, dim3 block,
             int shared_bytes, Stream stream, Arguments... arguments) {
   if (grid.x == 0 || grid.y == 0 || grid.z == 0) return;  // an empty batch
-  if (shared_bytes > 48 * 1024) {  // what a kernel gets without asking
+  if (shared_bytes > 48 * 1024) {                         // what a kernel gets without asking
     const auto limit = cudaFuncAttributeMaxDynamicSharedMemorySize;
     check_cuda(name, cudaFuncSetAttribute(kernel, limit, shared_bytes));
   }

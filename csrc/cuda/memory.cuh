@@ -70,8 +70,8 @@ __device__ __forceinline__ void ldmatrix_transposed(uint32_t (&matrices)[4], con
 
 // Starts a copy of kBytes (8 or 16, both sides aligned to it) that bypasses registers. Where not
 // `valid`, zeros are written and the source, which must be a valid address all the same, is not
-// read. The copy has arrived for this thread after cp_async_wait, for the block after a barrier that
-// follows.
+// read. The copy has arrived for this thread after cp_async_wait, for the block after a barrier
+// that follows.
 template <int kBytes>
 __device__ __forceinline__ void cp_async(void* shared, const void* global, bool valid) {
   static_assert(kBytes == 8 || kBytes == 16);

@@ -1,8 +1,8 @@
 // Matrix products of a warp on the tensor cores, sum += a b, accumulated in float32.
 //
 // With row = lane / 4 and pair = lane % 4, a lane holds of `sum` (16 x 8) the elements
-// (row, 2 pair), (row, 2 pair + 1), (row + 8, 2 pair), (row + 8, 2 pair + 1). Of `a` and `b` it holds
-// 32 bits each, 16-byte chunks of depth counted from 0: a (row, chunk 0), (row + 8, chunk 0),
+// (row, 2 pair), (row, 2 pair + 1), (row + 8, 2 pair), (row + 8, 2 pair + 1). Of `a` and `b` it
+// holds 32 bits each, 16-byte chunks of depth counted from 0: a (row, chunk 0), (row + 8, chunk 0),
 // (row, chunk 1), (row + 8, chunk 1), and b (column lane / 4, chunk 0), (column lane / 4, chunk 1),
 // in each chunk the bytes 4 pair on. That is what ldmatrix hands out.
 
@@ -45,8 +45,8 @@ __device__ __forceinline__ void mma_m16n8k8(float (&sum)[4], const uint32_t (&a)
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
 
-// To 10 bits of mantissa, to nearest, ties away from zero. Unrounded bits would be truncated, at ten
-// times the error.
+// To 10 bits of mantissa, to nearest, ties away from zero. Unrounded bits would be truncated, at
+// ten times the error.
 __device__ __forceinline__ uint32_t round_to_tf32(float value) {
   uint32_t bits;
   asm("cvt.rna.tf32.f32 %0, %1;" : "=r"(bits) : "f"(value));

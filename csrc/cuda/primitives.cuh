@@ -3,8 +3,8 @@
 // too, and tests run them on machines without a GPU.
 //
 // Kernels keep to three rules. They touch shared memory through shared_load, shared_store, ldmatrix
-// and cp_async alone, so that the emulator sees every access. They launch through launch(). Whatever
-// is named after a warp is called by all 32 lanes of it together.
+// and cp_async alone, so that the emulator sees every access. They launch through launch().
+// Whatever is named after a warp is called by all 32 lanes of it together.
 
 #pragma once
 

@@ -4,9 +4,24 @@
 
 #include <cuda_runtime.h>
 
+#include <cstdint>
+
 namespace medmoco {
 
 constexpr int kWarpLanes = 32;
+
+// threadIdx.x and blockIdx.x, read anew at each call: what follows from them is then not kept in
+// registers over a whole loop.
+__device__ __forceinline__ int thread_id() {
+  int thread;
+  asm volatile("mov.u32 %0, %%tid.x;" : "=r"(thread));
+  return thread;
+}
+__device__ __forceinline__ int block_id() {
+  int block;
+  asm volatile("mov.u32 %0, %%ctaid.x;" : "=r"(block));
+  return block;
+}
 
 // The value of the lane whose number differs by the bits of `mask`; float and int.
 template <typename T>
@@ -22,6 +37,8 @@ __device__ __forceinline__ bool warp_any(bool condition) {
 // Nobody goes on until all threads of the block have come. What they wrote to shared memory before
 // it, all may read after it.
 __device__ __forceinline__ void block_barrier() { __syncthreads(); }
+
+__device__ __forceinline__ int count_bits(uint32_t bits) { return __popc(bits); }
 
 // 2^x to 2 units in the last place; below 2^-126 it is 0.
 __device__ __forceinline__ float exp2_fast(float x) {
