@@ -62,7 +62,6 @@ template <typename Kind, int kDim>
 void launch_forward(const QueueInfoNce<typename Kind::Element>& p,
                     const Workspace<typename Kind::Element>& plan, unsigned char* workspace,
                     Stream stream) {
-  using S = Sizes<Kind, kDim>;
   ForwardArguments<typename Kind::Element> a{};
   a.query = align_rows(p.query, workspace, stream);
   workspace += plan.query_bytes;
@@ -81,7 +80,7 @@ void launch_forward(const QueueInfoNce<typename Kind::Element>& p,
   a.directions = reinterpret_cast<float*>(workspace + plan.statistics_bytes);
   auto run = [&](auto kernel) {
     launch("queue_info_nce", kernel, dim3(unsigned(plan.schedule.blocks())), dim3(kForwardThreads),
-           S::shared_bytes(p.query_ids), stream, a);
+           Shared<Kind, kDim>::bytes(p.query_ids), stream, a);
   };
   if (p.direction && p.query_ids) {
     run(queue_info_nce_forward_kernel<Kind, kDim, true, true>);
@@ -100,7 +99,7 @@ void launch_forward(const QueueInfoNce<typename Kind::Element>& p,
   c.directions = a.directions;
   c.batch = p.query.count;
   c.embed_dim = p.query.dim;
-  c.tile_queries = S::kQueries;
+  c.tile_queries = plan.tile_queries;
   c.direction_dim = a.direction_dim;
   c.warps_per_query = p.direction ? warps_per_query(plan.schedule) : 1;
   c.scale = a.scale;
