@@ -4,6 +4,7 @@
 
 #pragma once
 
+#include <bit>
 #include <cstdint>
 #include <source_location>
 #include <stdexcept>
@@ -19,6 +20,11 @@
 namespace medmoco {
 
 constexpr int kWarpLanes = 32;
+
+__device__ __forceinline__ int thread_id() { return static_cast<int>(threadIdx.x); }
+__device__ __forceinline__ int block_id() { return static_cast<int>(blockIdx.x); }
+
+__device__ __forceinline__ int count_bits(uint32_t bits) { return std::popcount(bits); }
 
 __device__ __forceinline__ unsigned char* shared_memory() {
   return emulator::Block::current().memory().window();

@@ -93,6 +93,11 @@ void test_exp2_flushes_what_is_subnormal() {
   expect_equal(exp2_fast(kNaN), kNaN, "2^NaN");
 }
 
+void test_bits_are_counted() {
+  expect_equal(count_bits(0), 0, "bits of 0");
+  expect_equal(count_bits(0x80000001u), 2, "bits of 0x80000001");
+}
+
 // One tag each for the three products.
 struct TF32 {
   static constexpr int kDepth = 8;
@@ -225,6 +230,7 @@ int main() {
   test_rounding_by_hand();
   test_tf32_rounds_ties_away_from_zero();
   test_exp2_flushes_what_is_subnormal();
+  test_bits_are_counted();
   test_mma_matches_a_loop<TF32>();
   test_mma_matches_a_loop<Bits16<BFloat16>>();
   test_mma_matches_a_loop<Bits16<Half>>();

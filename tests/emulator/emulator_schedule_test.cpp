@@ -52,6 +52,17 @@ void test_blocks_run_in_any_order() {
   expect_equal(first_blocks.size(), 2 * 3 * 4, "blocks that came first under some seed");
 }
 
+__global__ void __launch_bounds__(64) primitive_index_kernel(int* numbers) {
+  numbers[block_id() * 64 + thread_id()] = static_cast<int>(blockIdx.x * 64 + threadIdx.x);
+}
+
+void test_threads_and_blocks_know_their_number() {
+  std::vector<int> numbers(3 * 64, -1);
+  EmulatedDevice device{.seed = 6};
+  launch("numbers", primitive_index_kernel, 3, 64, 0, &device, numbers.data());
+  for (int i = 0; i < 3 * 64; ++i) expect_equal(numbers[i], i, "block_id() * 64 + thread_id()");
+}
+
 __global__ void __launch_bounds__(64) shuffle_kernel(int* values, float* fractions) {
   const int thread = threadIdx.x;
   for (int mask = 0; mask < kWarpLanes; ++mask) {
@@ -132,6 +143,7 @@ int main() {
   test_each_thread_of_each_block_runs_once();
   test_a_seed_gives_the_same_order_and_another_seed_another();
   test_blocks_run_in_any_order();
+  test_threads_and_blocks_know_their_number();
   test_shuffle_takes_the_value_of_the_other_lane();
   test_any_tells_the_whole_warp_and_no_other();
   test_sum_of_a_block<32>();
