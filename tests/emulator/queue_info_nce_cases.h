@@ -41,15 +41,16 @@ struct Case {
   }
 };
 
-// A matrix in some layout, each row of unit length before rounding. The memory ends where the matrix
-// does, so that AddressSanitizer sees a read beyond.
+// A matrix in some layout, each row of unit length before rounding. The memory ends where the
+// matrix does, so that AddressSanitizer sees a read beyond.
 template <typename Element>
 struct Matrix {
   std::vector<double> values;  // (count, dim), rounded to Element
   std::unique_ptr<Element[]> memory;
   Rows<Element> rows;
 
-  Matrix(std::vector<double> wanted, int count, int dim, Layout layout) : values(std::move(wanted)) {
+  Matrix(std::vector<double> wanted, int count, int dim, Layout layout)
+      : values(std::move(wanted)) {
     const int64_t offset = layout == Layout::kMisaligned;
     const int64_t apart = 16 / sizeof(Element);
     const int64_t row_stride = layout == Layout::kApart        ? (dim + 2 * apart) / apart * apart
@@ -75,7 +76,8 @@ inline std::vector<double> unit_rows(std::mt19937_64& random, int count, int dim
   std::vector<double> values(size_t(count) * dim);
   for (int i = 0; i < count; ++i) {
     double square = 1e-30;
-    for (int c = 0; c < dim; ++c) square += std::pow(values[size_t(i) * dim + c] = normal(random), 2);
+    for (int c = 0; c < dim; ++c)
+      square += std::pow(values[size_t(i) * dim + c] = normal(random), 2);
     for (int c = 0; c < dim; ++c) values[size_t(i) * dim + c] /= std::sqrt(square);
   }
   return values;
@@ -97,12 +99,12 @@ struct Operands {
     auto query = unit_rows(random, c.batch, c.embed_dim);
     auto near = unit_rows(random, c.batch, c.embed_dim);
     for (size_t i = 0; i < near.size(); ++i) near[i] = (query[i] + near[i]) / std::sqrt(2.0);
-    Operands operands{{query, c.batch, c.embed_dim, c.layout},
-                      {near, c.batch, c.embed_dim, c.layout},
-                      {unit_rows(random, c.queue_size, c.embed_dim), c.queue_size, c.embed_dim,
-                       c.layout},
-                      {},
-                      {}};
+    Operands operands{
+        {query, c.batch, c.embed_dim, c.layout},
+        {near, c.batch, c.embed_dim, c.layout},
+        {unit_rows(random, c.queue_size, c.embed_dim), c.queue_size, c.embed_dim, c.layout},
+        {},
+        {}};
     if (c.ids) {  // some negative, and some that differ in the upper half alone
       for (int i = 0; i < c.batch; ++i) operands.query_ids.push_back(i % 5 - 1);
       for (int j = 0; j < c.queue_size; ++j) {
