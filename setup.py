@@ -128,6 +128,7 @@ def extension() -> Extension:
     # convention; ours are always inlined.
     cxx += ["-Wno-psabi", "-Wno-unknown-pragmas"]
     nvcc = [*common, "-Xcompiler", "-fvisibility=hidden", "-Xcompiler", "-Wall", "-lineinfo"]
+    nvcc += ["--threads=2"]  # the architectures side by side
     libraries = ["torch_cpu"]
     link = ["-Wl,--as-needed", "-Wl,--exclude-libs,ALL"] if platform.system() == "Linux" else []
     sources = glob.glob("csrc/*.cpp") + glob.glob("csrc/cpu/*.cpp")

@@ -4,6 +4,7 @@ import resource
 import pytest
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.functional import cross_entropy, normalize
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -30,6 +31,21 @@ SHAPES = [
 # entry, that float32 operands were measured to have against float64 at 65536 keys of 128
 # dimensions. On the CPU 16-bit operands are widened, so it holds for all.
 ALLOWED_AT_FULL_QUEUE = {0.2: (3 * 1.7e-6, 3 * 1e-7), 0.07: (3 * 2.2e-6, 3 * 2.7e-6)}
+# The same on tensor cores, by how they take the operands: dtype, allow_tf32, allowed errors.
+ALLOWED_ON_TENSOR_CORES = {
+    "3xTF32": (torch.float32, False, ALLOWED_AT_FULL_QUEUE),
+    "TF32": (torch.float32, True, {0.2: (3 * 1.7e-5, 3 * 1.2e-5), 0.07: (3 * 5.6e-4, 3 * 9.1e-4)}),
+    "float16": (
+        torch.float16,
+        False,
+        {0.2: (3 * 1.7e-5, 3 * 1.2e-5), 0.07: (3 * 5.6e-4, 3 * 9.1e-4)},
+    ),
+    "bfloat16": (
+        torch.bfloat16,
+        False,
+        {0.2: (3 * 1.4e-4, 3 * 8.3e-5), 0.07: (3 * 3.7e-3, 3 * 6.9e-3)},
+    ),
+}
 
 
 def unit_rows(batch: int, queue_size: int, embed_dim: int, dtype=torch.float32, device="cpu"):
@@ -85,6 +101,7 @@ def test_value_and_gradient_worked_out_by_hand(device):
     torch.testing.assert_close(key.grad.cpu(), torch.tensor([[-negative / 0.5, 0.0]]))
 
 
+@pytest.mark.filterwarnings("ignore:queue_info_nce. on CUDA the kernel takes at most")
 @pytest.mark.parametrize("temperature", [0.2, 0.01])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -114,6 +131,30 @@ def test_error_at_a_full_queue_is_that_of_float32(dtype, temperature):
     allowed_loss, allowed_gradient = ALLOWED_AT_FULL_QUEUE[temperature]
     assert float((loss - truth[0]).abs().max()) <= allowed_loss
     assert worst(direction, truth[1]) <= allowed_gradient
+
+
+@pytest.mark.parametrize("device", ["cuda"], indirect=True)
+@pytest.mark.parametrize("temperature", [0.2, 0.07])
+@pytest.mark.parametrize("operands", ALLOWED_ON_TENSOR_CORES)
+def test_error_at_a_full_queue_on_tensor_cores(operands, temperature, device):
+    dtype, allow_tf32, allowed = ALLOWED_ON_TENSOR_CORES[operands]
+    tensors = unit_rows(512, 65536, 128, dtype, device)
+    wide = [t.double() for t in tensors]
+    truth = losses_and_gradients(queue_info_nce_reference, *wide, temperature)
+    loss, _, direction = raw(*tensors, temperature, allow_tf32=allow_tf32)
+    allowed_loss, allowed_gradient = allowed[temperature]
+    assert float((loss - truth[0]).abs().max()) <= allowed_loss
+    assert worst(direction, truth[1]) <= allowed_gradient
+
+
+@pytest.mark.parametrize("device", ["cuda"], indirect=True)
+def test_logits_are_never_in_the_memory_of_the_gpu(device):
+    operands = unit_rows(12544, 65536, 128, torch.bfloat16, device)  # logits of 1.5 GiB
+    losses_and_gradients(queue_info_nce, *operands)
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    losses_and_gradients(queue_info_nce, *operands)
+    assert torch.cuda.max_memory_allocated() - before < 64 * 2**20
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -394,6 +435,29 @@ def test_without_a_kernel_the_reference_runs_in_chunks(monkeypatch):
         loss, _ = queue_info_nce(*operands)
     rounded = [t.bfloat16() for t in operands]
     torch.testing.assert_close(loss, queue_info_nce_reference(*rounded)[0])
+
+
+def test_more_dimensions_than_the_cuda_kernel_takes_run_in_pytorch_with_one_warning(monkeypatch):
+    monkeypatch.setattr(module, "has_kernel", lambda *_: True)
+    module._warn_of_embed_dim.cache_clear()
+    with FakeTensorMode():
+        wide = [torch.empty(size, 257, device="cuda") for size in (4, 4, 9)]
+        with pytest.warns(
+            UserWarning, match="queue_info_nce: on CUDA the kernel takes at most 256"
+        ):
+            loss, rank = queue_info_nce(*wide)
+        assert loss.shape == rank.shape == (4,) and loss.device.type == "cuda"
+        queue_info_nce(*wide)  # a second warning would be an error
+
+
+def test_float64_on_cuda_runs_in_pytorch(monkeypatch):
+    monkeypatch.setattr(module, "has_kernel", lambda *_: True)
+    called = []
+    monkeypatch.setattr(module, "_chunked_reference", lambda *_: called.append("PyTorch"))
+    with FakeTensorMode():
+        for dtype in (torch.float32, torch.float64):
+            queue_info_nce(*(torch.empty(4, 8, dtype=dtype, device="cuda") for _ in range(3)))
+    assert called == ["PyTorch"]
 
 
 @pytest.mark.parametrize("kernel", [True, False], ids=["kernel", "fallback"])

@@ -16,6 +16,22 @@ __device__ __forceinline__ float to_float(float value) { return value; }
 __device__ __forceinline__ float to_float(BFloat16 value) { return __bfloat162float(value); }
 __device__ __forceinline__ float to_float(Half value) { return __half2float(value); }
 
+// Rounds to nearest even.
+template <typename Scalar>
+__device__ __forceinline__ Scalar from_float(float value);
+template <>
+__device__ __forceinline__ float from_float<float>(float value) {
+  return value;
+}
+template <>
+__device__ __forceinline__ BFloat16 from_float<BFloat16>(float value) {
+  return __float2bfloat16_rn(value);
+}
+template <>
+__device__ __forceinline__ Half from_float<Half>(float value) {
+  return __float2half_rn(value);
+}
+
 // Rounds both to nearest even: `low` in the lower 16 bits.
 template <typename Scalar>
 __device__ __forceinline__ uint32_t pack(float low, float high);

@@ -64,19 +64,19 @@ __device__ __forceinline__ float to_float(Half value) {
   return std::bit_cast<float>(sign | bits);
 }
 
-// For tests, on the host: rounds to nearest even.
+// Rounds to nearest even.
 template <typename Scalar>
-Scalar from_float(float value);
+__device__ __forceinline__ Scalar from_float(float value);
 template <>
-inline float from_float<float>(float value) {
+__device__ __forceinline__ float from_float<float>(float value) {
   return value;
 }
 template <>
-inline BFloat16 from_float<BFloat16>(float value) {
+__device__ __forceinline__ BFloat16 from_float<BFloat16>(float value) {
   return {emulator::bfloat16_bits(value)};
 }
 template <>
-inline Half from_float<Half>(float value) {
+__device__ __forceinline__ Half from_float<Half>(float value) {
   return {emulator::half_bits(value)};
 }
 

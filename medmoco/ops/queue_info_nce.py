@@ -1,5 +1,7 @@
 """InfoNCE against a queue of negatives, without the (batch, queue_size) logits in memory."""
 
+import warnings
+from functools import cache
 from typing import Any
 
 import torch
@@ -28,6 +30,7 @@ from medmoco.ops.dispatch import (
 )
 
 OP = "queue_info_nce"
+MOST_EMBED_DIM_ON_CUDA = 256  # of the kernel; accumulators of more would not fit its registers
 
 
 def queue_info_nce(
@@ -47,7 +50,10 @@ def queue_info_nce(
 
     Args:
         query: (batch, embed_dim), float32, float64, bfloat16 or float16; accumulated in float32
-            (float64 for float64).
+            (float64 for float64). On CUDA the kernel takes up to 256 dimensions and no float64;
+            the rest runs in PyTorch, more dimensions with a warning. There float32 keeps its
+            accuracy unless torch.backends.cuda.matmul.fp32_precision is "tf32". Operands whose
+            rows are not of 16-byte multiples, or not aligned to 16 bytes, are copied.
         key: (batch, embed_dim), the positive of each query.
         queue: (queue_size, embed_dim), the negatives, a constant.
         temperature: divides the logits; > 0, a constant.
@@ -69,7 +75,7 @@ def queue_info_nce(
     if torch.is_grad_enabled():
         _check_constant("queue", queue)
         _check_constant("temperature", temperature)  # a tensor would pass for a float
-    if has_kernel(OP, query.device):
+    if _kernel_takes(query):
         refuse_forward_mode(OP, query, key, queue)
         loss, rank, _ = torch.ops.medmoco.queue_info_nce(
             query,
@@ -86,6 +92,28 @@ def queue_info_nce(
     _check(query, key, queue, temperature, query_ids, queue_ids)
     with autocast_off(query.device.type):
         return _chunked_reference(query, key, queue, temperature, query_ids, queue_ids)
+
+
+def _kernel_takes(query: Tensor) -> bool:
+    if not has_kernel(OP, query.device):
+        return False
+    if query.device.type != "cuda" or query.dim() != 2:
+        return True
+    if query.shape[1] > MOST_EMBED_DIM_ON_CUDA:
+        return not _warn_of_embed_dim()
+    return query.dtype != torch.float64
+
+
+@torch.compiler.assume_constant_result
+@cache
+def _warn_of_embed_dim() -> bool:
+    """Warns once, and returns True."""
+    warnings.warn(
+        f"{OP}: on CUDA the kernel takes at most {MOST_EMBED_DIM_ON_CUDA} dimensions; more run in "
+        "PyTorch, in chunks, which takes several times as long",
+        stacklevel=4,
+    )
+    return True
 
 
 def queue_info_nce_reference(
@@ -135,6 +163,7 @@ def _chunked_reference(
             ids,
             queue_ids,
             use_reentrant=False,
+            preserve_rng_state=False,  # nothing is random; keeping it would not do in a CUDA graph
         )
         losses.append(loss)
         ranks.append(rank)
