@@ -48,10 +48,11 @@ __device__ __forceinline__ void copy_rows(const AlignedRows<Element>& rows, int6
             chunk = thread % T::kRowChunks;
   const int64_t left = chunk < rows.chunks ? rows.count - first : 0;
   const Element* source = rows.data + (first + first_row) * rows.stride + chunk * T::kChunkElements;
-#pragma unroll 2
-  for (int row = first_row; row < kRows; row += kRowsAtOnce) {
-    const bool valid = row < left;
-    cp_async<16>(shared_memory() + tile.place(row, chunk), valid ? source : anywhere, valid);
+#pragma unroll 8
+  for (int i = 0; i < kRows; i += kRowsAtOnce) {
+    const bool valid = first_row + i < left;
+    void* to = shared_memory() + tile.place(first_row + i, chunk);
+    cp_async<16>(to, valid ? source : anywhere, valid);
     source += kRowsAtOnce * rows.stride;
   }
 }
