@@ -43,12 +43,14 @@ __device__ __forceinline__ void copy_rows(const AlignedRows<Element>& rows, int6
                                           Tile<Element, kDim> tile, const void* anywhere) {
   using T = Tile<Element, kDim>;
   constexpr int kRowsAtOnce = kThreads / T::kRowChunks;
+  constexpr int kUnrolled =
+      T::kRowBytes < 1024 ? 8 : 2;  // where rows are wide, registers are short
   static_assert(kThreads % T::kRowChunks == 0 && kRows % kRowsAtOnce == 0);
   const int thread = thread_id(), first_row = thread / T::kRowChunks,
             chunk = thread % T::kRowChunks;
   const int64_t left = chunk < rows.chunks ? rows.count - first : 0;
   const Element* source = rows.data + (first + first_row) * rows.stride + chunk * T::kChunkElements;
-#pragma unroll 8
+#pragma unroll kUnrolled
   for (int i = 0; i < kRows; i += kRowsAtOnce) {
     const bool valid = first_row + i < left;
     void* to = shared_memory() + tile.place(first_row + i, chunk);
