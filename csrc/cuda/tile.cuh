@@ -43,7 +43,7 @@ __device__ __forceinline__ void copy_rows(const AlignedRows<Element>& rows, int6
                                           Tile<Element, kDim> tile, const void* anywhere) {
   using T = Tile<Element, kDim>;
   constexpr int kRowsAtOnce = kThreads / T::kRowChunks;
-  constexpr int kUnrolled =
+  [[maybe_unused]] constexpr int kUnrolled =
       T::kRowBytes < 1024 ? 8 : 2;  // where rows are wide, registers are short
   static_assert(kThreads % T::kRowChunks == 0 && kRows % kRowsAtOnce == 0);
   const int thread = thread_id(), first_row = thread / T::kRowChunks,
