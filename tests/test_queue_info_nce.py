@@ -8,7 +8,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.functional import cross_entropy, normalize
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from medmoco.ops import queue_info_nce
+from medmoco.ops import dispatch, queue_info_nce
 from medmoco.ops.queue_info_nce import queue_info_nce_reference
 
 module = importlib.import_module("medmoco.ops.queue_info_nce")
@@ -448,6 +448,16 @@ def test_more_dimensions_than_the_cuda_kernel_takes_run_in_pytorch_with_one_warn
             loss, rank = queue_info_nce(*wide)
         assert loss.shape == rank.shape == (4,) and loss.device.type == "cuda"
         queue_info_nce(*wide)  # a second warning would be an error
+
+
+@pytest.mark.parametrize("capability, expected", [((7, 5), False), ((8, 0), True), ((9, 0), True)])
+def test_gpus_without_the_tensor_cores_that_kernels_need_run_pytorch(
+    capability, expected, monkeypatch
+):
+    monkeypatch.setattr(dispatch, "_is_registered", lambda *_: True)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: capability)
+    assert dispatch.has_kernel("queue_info_nce", torch.device("cuda")) is expected
 
 
 def test_float64_on_cuda_runs_in_pytorch(monkeypatch):

@@ -14,9 +14,12 @@ CHUNK_BYTES = 256 * 2**20  # of logits at a time, where the reference stands in 
 def has_kernel(op: str, device: torch.device) -> bool:
     """Whether `op` may run compiled on `device`.
 
-    Kernels that no GPU has run yet are registered only with MEDMOCO_UNVERIFIED=1.
+    Kernels that no GPU has run yet are registered only with MEDMOCO_UNVERIFIED=1, and all need the
+    tensor cores of compute capability 8.0.
     """
-    return device.type == "cpu" or _is_registered(op, device.type)
+    if device.type == "cpu":
+        return True
+    return _is_registered(op, device.type) and (device.type != "cuda" or _runs_kernels(device))
 
 
 @torch.compiler.assume_constant_result
@@ -25,6 +28,12 @@ def _is_registered(op: str, device_type: str) -> bool:
     if key is None:
         return False
     return torch._C._dispatch_has_kernel_for_dispatch_key(f"medmoco::{op}", key)
+
+
+@torch.compiler.assume_constant_result
+def _runs_kernels(device: torch.device) -> bool:
+    # Fake tensors may be on a GPU that is not there.
+    return not torch.cuda.is_available() or torch.cuda.get_device_capability(device) >= (8, 0)
 
 
 @torch.compiler.assume_constant_result
