@@ -209,7 +209,7 @@ __device__ __forceinline__ void leave_out(Logits<Kind, kDim>& logits, int queue_
   const int keys_left = left < S::kKeys ? int(left) : S::kKeys;
   bool any = keys_left < S::kKeys;
   if constexpr (kWithIds) any = any || may_share_an_id<Kind, kDim>(queue_tile);
-  if (!any) return;
+  if (!warp_any(any)) return;  // together: what follows is for whole warps
   uint32_t out[S::kLines];
 #pragma unroll
   for (int line = 0; line < S::kLines; ++line) {
