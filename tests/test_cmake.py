@@ -40,10 +40,20 @@ def test_operators_run_in_a_program_of_the_project_and_in_one_that_finds_them_in
     torch_folder = torch.utils.cmake_prefix_path
     project, installed = tmp_path / "project", tmp_path / "installed"
     options = ["-DMEDMOCO_CUDA=OFF", f"-DCMAKE_PREFIX_PATH={torch_folder}"]
-    build_and_test(ROOT, project, *options)
+    # Those of the emulator tests/test_emulator.py builds.
+    build_and_test(ROOT, project, *options, "-DMEDMOCO_EMULATOR_TESTS=OFF")
     run("--install", project, "--prefix", installed)
     found = f"-DCMAKE_PREFIX_PATH={installed};{torch_folder}"
     build_and_test(ROOT / "tests/cpp", tmp_path / "program", found)
+
+
+def test_the_tests_of_the_emulator_are_among_the_tests_of_the_project(tmp_path):
+    torch_folder = torch.utils.cmake_prefix_path
+    run("-S", ROOT, "-B", tmp_path, "-DMEDMOCO_CUDA=OFF", f"-DCMAKE_PREFIX_PATH={torch_folder}")
+    ctest = [Path(CMAKE).with_name("ctest"), "--test-dir", tmp_path, "--show-only"]
+    listed = subprocess.run(ctest, capture_output=True, text=True).stdout
+    for source in (ROOT / "tests/emulator").glob("*_test.cpp"):
+        assert f": {source.stem}\n" in listed
 
 
 def test_configuring_without_torch_tells_what_to_pass(tmp_path):
