@@ -109,14 +109,16 @@ __device__ __forceinline__ void write_part(const ForwardArguments<typename Kind:
   }
 }
 
-// Starts to copy ids [first, first + kCount), zeros beyond the last.
+// Starts to copy ids [first, first + kCount), zeros beyond the last. `anywhere` is an address that
+// is valid even if there are no ids.
 template <int kCount>
 __device__ __forceinline__ void copy_ids(const int64_t* ids, int64_t stride, int64_t first,
-                                         int64_t count, int64_t* to) {
+                                         int64_t count, int64_t* to, const void* anywhere) {
   static_assert(kCount <= kForwardThreads);
   const int i = thread_id();
   const bool valid = first + i < count;
-  if (i < kCount) cp_async<8>(to + i, valid ? ids + (first + i) * stride : ids, valid);
+  const void* source = valid ? ids + (first + i) * stride : anywhere;
+  if (i < kCount) cp_async<8>(to + i, source, valid);
 }
 
 // Streams the tiles of the queue that this block has to see past a tile of queries.
@@ -136,7 +138,7 @@ __device__ __forceinline__ void gather_part(const ForwardArguments<typename Kind
       copy_rows<S::kKeys, kForwardThreads>(p.queue, first_key, M::keys(tile), p.query.data);
       if constexpr (kWithIds) {
         copy_ids<S::kKeys>(p.queue_ids, p.queue_ids_stride, first_key, p.queue.count,
-                           M::queue_ids(tile));
+                           M::queue_ids(tile), p.query.data);
       }
     }
     cp_async_commit();  // also without a tile, so that the groups keep count
@@ -146,7 +148,7 @@ __device__ __forceinline__ void gather_part(const ForwardArguments<typename Kind
   copy_rows<S::kQueries, kForwardThreads>(p.query, first_query, M::queries(), p.query.data);
   if constexpr (kWithIds) {
     copy_ids<S::kQueries>(p.query_ids, p.query_ids_stride, first_query, p.query.count,
-                          M::query_ids());
+                          M::query_ids(), p.query.data);
   }
   cp_async_commit();
   for (int i = 0; i < S::kStages - 1; ++i) start_copy(first + i);
