@@ -1,0 +1,125 @@
+// The cases on which every kind of operand is compared with float64, and what must not change the
+// result by a bit.
+
+#pragma once
+
+#include <array>
+#include <set>
+#include <tuple>
+#include <vector>
+
+#include "queue_info_nce_check.h"
+
+namespace medmoco::test {
+
+inline const std::vector<int> kBatches = {1, 7, 63, 64, 65, 127, 128, 129, 200};
+inline const std::vector<int> kQueueSizes = {0, 1, 5, 31, 32, 33, 63, 64, 65, 300, 1025};
+inline const std::vector<int> kEmbedDims = {1, 3, 8, 17, 64, 65, 100, 127, 128, 129, 200, 256};
+inline const std::vector<float> kTemperatures = {0.2f, 0.07f, 0.01f, 5.0f};
+inline const std::vector<int> kMultiprocessors = {1, 2, 3, 7};
+constexpr int kLayouts = 4;
+
+using Choice = std::array<int, 8>;  // of a value for each factor
+
+inline Case case_of(const Choice& choice, uint64_t seed) {
+  return {kBatches[choice[0]],         kQueueSizes[choice[1]], kEmbedDims[choice[2]],
+          kTemperatures[choice[3]],    choice[4] == 1,         choice[5] == 1,
+          kMultiprocessors[choice[6]], Layout(choice[7]),      seed};
+}
+
+// Cases in which any two values of any two factors meet: of 30 choices, the one in which most do
+// that have not met yet, until all have.
+inline std::vector<Case> pairwise_grid() {
+  const Choice counts = {int(kBatches.size()),
+                         int(kQueueSizes.size()),
+                         int(kEmbedDims.size()),
+                         int(kTemperatures.size()),
+                         2,
+                         2,
+                         int(kMultiprocessors.size()),
+                         kLayouts};
+  using Pair = std::tuple<int, int, int, int>;  // a factor and its value, a later one and its value
+  std::set<Pair> apart;
+  const auto for_each_pair = [](const Choice& choice, auto visit) {
+    for (int f = 0; f < int(choice.size()); ++f) {
+      for (int g = f + 1; g < int(choice.size()); ++g) visit(Pair{f, choice[f], g, choice[g]});
+    }
+  };
+  for_each_pair(counts, [&](const Pair& pair) {
+    const auto [f, f_count, g, g_count] = pair;
+    for (int a = 0; a < f_count; ++a) {
+      for (int b = 0; b < g_count; ++b) apart.insert({f, a, g, b});
+    }
+  });
+  emulator::Random random(4);
+  std::vector<Case> cases;
+  while (!apart.empty()) {
+    Choice best{};
+    int most = 0;
+    for (int attempt = 0; attempt < 30; ++attempt) {
+      Choice choice;
+      for (size_t f = 0; f < choice.size(); ++f) choice[f] = int(random.below(counts[f]));
+      const auto [f, a, g, b] = *apart.begin();
+      choice[f] = a;
+      choice[g] = b;
+      int meet = 0;
+      for_each_pair(choice, [&](const Pair& pair) { meet += int(apart.count(pair)); });
+      if (meet > most) best = choice, most = meet;
+    }
+    for_each_pair(best, [&](const Pair& pair) { apart.erase(pair); });
+    cases.push_back(case_of(best, cases.size() + 1));
+  }
+  return cases;
+}
+
+template <typename Kind>
+void test_the_result_is_that_of_float64() {
+  for (const Case& c : pairwise_grid()) check<Kind>(c);
+}
+
+// The size of the table of errors, as much of its queue as takes a few seconds.
+template <typename Kind>
+void test_a_long_queue_errs_no_more_than_was_measured() {
+  for (const float temperature : {0.2f, 0.07f}) {
+    check<Kind>({.batch = 16,
+                 .queue_size = Kind::kPrecise ? 4096 : 8192,
+                 .embed_dim = 128,
+                 .temperature = temperature,
+                 .multiprocessors = 2});
+  }
+}
+
+template <typename Kind>
+void expect_same_bits(const Case& c, const Result& expected,
+                      std::source_location where = std::source_location::current()) {
+  try {
+    const auto found = run<Kind>(c, Operands<typename Kind::Element>::random(c));
+    expect(found.same_bits(expected), "the same bits: " + c.text(), where);
+  } catch (const std::exception& error) {
+    fail(c.text() + ": " + error.what(), where);
+  }
+}
+
+template <typename Kind>
+void test_twenty_schedules_give_the_same_bits() {
+  for (Case c : {Case{.batch = 70, .queue_size = 150, .embed_dim = 20, .ids = true},
+                 Case{.batch = 5, .queue_size = 300, .embed_dim = 70, .multiprocessors = 3}}) {
+    const auto expected = run<Kind>(c, Operands<typename Kind::Element>::random(c));
+    check<Kind>(c);
+    for (c.seed = 2; c.seed <= 20; ++c.seed) expect_same_bits<Kind>(c, expected);
+  }
+}
+
+template <typename Kind>
+void test_any_layout_gives_the_same_bits() {
+  for (const int embed_dim : {24, 77, 160}) {
+    Case c{.batch = 9, .queue_size = 40, .embed_dim = embed_dim, .ids = true};
+    const auto expected = run<Kind>(c, Operands<typename Kind::Element>::random(c));
+    for (const auto layout : {Layout::kApart, Layout::kMisaligned, Layout::kTransposed}) {
+      c.layout = layout;
+      expect_same_bits<Kind>(c, expected);
+    }
+  }
+}
+
+}  // namespace medmoco::test
