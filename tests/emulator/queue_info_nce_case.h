@@ -110,26 +110,38 @@ struct Operands {
             {std::move(key), c.batch, c.embed_dim, c.layout},
             {std::move(queue), c.queue_size, c.embed_dim, c.layout}};
   }
-
-  // Drawn alike for all layouts, temperatures and seeds.
-  static Operands random(const Case& c) {
-    std::mt19937_64 random(c.batch * 7919 + c.queue_size * 31 + c.embed_dim);
-    const auto query = unit_rows(random, c.batch, c.embed_dim);
-    auto near = unit_rows(random, c.batch, c.embed_dim);
-    for (size_t i = 0; i < near.size(); ++i) near[i] = (query[i] + near[i]) / std::sqrt(2.0);
-    Operands operands = of(c, query, near, unit_rows(random, c.queue_size, c.embed_dim));
-    if (c.ids) {  // some negative, and some that differ in the upper half alone
-      std::vector<int64_t> query_ids, queue_ids;
-      for (int i = 0; i < c.batch; ++i) query_ids.push_back(i % 5 - 1);
-      for (int j = 0; j < c.queue_size; ++j) {
-        queue_ids.push_back(j % 7 - 1 + (j % 11 == 0 ? int64_t(1) << 32 : 0));
-      }
-      operands.query_ids = {query_ids, c.layout};
-      operands.queue_ids = {queue_ids, c.layout};
-    }
-    return operands;
-  }
 };
+
+// As a kind of operand is rounded before it is multiplied.
+template <typename Kind>
+float as_operand(double value) {
+  if constexpr (std::is_same_v<Kind, Tf32>) return float_of(round_to_tf32(float(value)));
+  return to_float(from_float<typename Kind::Element>(float(value)));
+}
+
+// Drawn alike for all layouts, temperatures and seeds.
+template <typename Kind>
+Operands<typename Kind::Element> random_operands(const Case& c) {
+  std::mt19937_64 random(c.batch * 7919 + c.queue_size * 31 + c.embed_dim);
+  auto query = unit_rows(random, c.batch, c.embed_dim);
+  auto near = unit_rows(random, c.batch, c.embed_dim);
+  auto queue = unit_rows(random, c.queue_size, c.embed_dim);
+  for (size_t i = 0; i < near.size(); ++i) near[i] = (query[i] + near[i]) / std::sqrt(2.0);
+  for (auto* values : {&query, &near, &queue}) {
+    for (double& value : *values) value = as_operand<Kind>(value);
+  }
+  auto operands = Operands<typename Kind::Element>::of(c, query, near, queue);
+  if (c.ids) {  // some negative, and some that differ in the upper half alone
+    std::vector<int64_t> query_ids, queue_ids;
+    for (int i = 0; i < c.batch; ++i) query_ids.push_back(i % 5 - 1);
+    for (int j = 0; j < c.queue_size; ++j) {
+      queue_ids.push_back(j % 7 - 1 + (j % 11 == 0 ? int64_t(1) << 32 : 0));
+    }
+    operands.query_ids = {query_ids, c.layout};
+    operands.queue_ids = {queue_ids, c.layout};
+  }
+  return operands;
+}
 
 struct Result {
   std::vector<float> loss, direction;

@@ -2,4 +2,7 @@
 
 #include "queue_info_nce_tests.h"
 
-int main() { return medmoco::test::test_queue_info_nce<medmoco::Tf32>(); }
+int main() {
+  medmoco::test::test_tf32_operands_are_rounded_to_nearest();
+  return medmoco::test::test_queue_info_nce<medmoco::Tf32>();
+}
