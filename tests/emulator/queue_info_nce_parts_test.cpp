@@ -1,9 +1,10 @@
 // The parts of queue_info_nce by themselves: the schedule of its blocks, the copy that aligns rows,
-// and the combination of parts.
+// the combination of parts, and the backward pass.
 
 #include <cmath>
 #include <set>
 
+#include "cuda/queue_info_nce_backward.cuh"
 #include "expect.h"
 #include "queue_info_nce_combine.h"
 
@@ -111,6 +112,49 @@ void test_rows_that_are_aligned_are_not_copied() {
   expect(copied(8, Layout::kTransposed), "a copy of columns");
 }
 
+// Of any strides, even 0, and either gradient alone.
+template <typename Element>
+void test_the_backward_pass_scales_the_direction_and_the_query() {
+  constexpr int kBatch = 30, kDim = 11;
+  constexpr double kRounding = sizeof(Element) == 4 ? 0x1p-20 : 0x1p-8;
+  std::mt19937_64 random(2);
+  const float grad_loss = 3, losses[] = {0, 0.5f, 4};
+  const auto direction = unit_rows(random, kBatch, kDim);
+  const std::vector<float> transposed(direction.begin(), direction.end());  // (kDim, kBatch)
+  const Matrix<Element> query(unit_rows(random, kBatch, kDim), kBatch, kDim, Layout::kApart);
+  for (const int outputs : {1, 2, 3}) {
+    std::vector<Element> of_query(outputs & 1 ? kBatch * kDim : 0);
+    std::vector<Element> of_key(outputs & 2 ? kBatch * kDim : 0);
+    std::vector<float> loss;
+    for (int i = 0; i < kBatch; ++i) loss.push_back(losses[i % 3]);
+    BackwardArguments<Element> a{&grad_loss,
+                                 loss.data(),
+                                 transposed.data(),
+                                 query.rows.data,
+                                 0,
+                                 1,
+                                 {1, kBatch},
+                                 {query.rows.row_stride, 1},
+                                 kBatch,
+                                 kDim,
+                                 5,
+                                 outputs & 1 ? of_query.data() : nullptr,
+                                 outputs & 2 ? of_key.data() : nullptr};
+    EmulatedDevice device;
+    queue_info_nce_backward(a, &device);
+    for (int i = 0; i < kBatch * kDim; ++i) {
+      const int row = i / kDim, column = i % kDim;
+      const auto check = [&](const std::vector<Element>& found, double expected) {
+        if (found.empty()) return;
+        expect(std::abs(to_float(found[i]) - expected) <= kRounding * std::abs(expected) + 1e-7,
+               "a gradient of " + std::to_string(expected));
+      };
+      check(of_query, 3.0 * transposed[column * kBatch + row]);
+      check(of_key, 3 * std::expm1(-losses[row % 3]) * 5 * query.row(row)[column]);
+    }
+  }
+}
+
 }  // namespace
 
 int main() {
@@ -119,5 +163,8 @@ int main() {
   test_any_rows_are_packed_and_padded_with_zeros<BFloat16>();
   test_rows_that_are_aligned_are_not_copied();
   test_parts_are_combined_by_any_number_of_warps();
+  test_the_backward_pass_scales_the_direction_and_the_query<float>();
+  test_the_backward_pass_scales_the_direction_and_the_query<BFloat16>();
+  test_the_backward_pass_scales_the_direction_and_the_query<Half>();
   return report();
 }
