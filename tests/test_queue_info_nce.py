@@ -221,8 +221,11 @@ def test_logits_of_ten_thousand_neither_overflow_nor_vanish(dtype, device):
     found = losses_and_gradients(queue_info_nce, query, key, queue, 0.01)
     wide = [t.double() for t in (query, key, queue)]
     expected = losses_and_gradients(queue_info_nce_reference, *wide, 0.01)
+    # Tensor cores round the weights: what cancels in a gradient leaves that much of its largest.
+    rounding = 1e-4 if dtype == torch.bfloat16 and device == "cuda" else 0
     for ours, truth in zip(found, expected, strict=True):
-        torch.testing.assert_close(ours.double(), truth, rtol=4e-3, atol=1e-6)
+        atol = 1e-6 + rounding * float(truth.abs().max())
+        torch.testing.assert_close(ours.double(), truth, rtol=4e-3, atol=atol)
 
 
 def test_a_loss_far_below_one_keeps_its_digits(device):

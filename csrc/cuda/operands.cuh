@@ -34,7 +34,7 @@ struct SixteenBit {
   using Element = Scalar;
   using A = Left;
   using B = Right;
-  static constexpr bool kPrecise = false;
+  static constexpr bool kPrecise = false, kRounds = false;
   static constexpr int kStepDepth = 16;
 
   static __device__ __forceinline__ A left(const uint32_t (&raw)[4]) {
@@ -56,7 +56,7 @@ struct Tf32 {
   using Element = float;
   using A = Left;
   using B = Right;
-  static constexpr bool kPrecise = false;
+  static constexpr bool kPrecise = false, kRounds = true;
   static constexpr int kStepDepth = 8;
 
   static __device__ __forceinline__ uint32_t rounded(uint32_t raw) {
@@ -90,7 +90,7 @@ struct Tf32x3 {
   // Tensor cores truncate their sums (Fasi et al., "Numerical behavior of NVIDIA tensor cores",
   // PeerJ CS 2021), so long ones drift. Short ones are therefore gathered by the ordinary, rounded
   // addition.
-  static constexpr bool kPrecise = true;
+  static constexpr bool kPrecise = true, kRounds = false;
   static constexpr int kStepDepth = 8;
 
   static __device__ __forceinline__ void split(uint32_t raw, uint32_t& high, uint32_t& low) {

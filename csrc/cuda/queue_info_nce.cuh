@@ -93,7 +93,9 @@ void launch_forward(const QueueInfoNce<typename Kind::Element>& p,
   }
 
   CombineArguments<typename Kind::Element> c{};
+  c.query = a.query;
   c.key = a.key;
+  c.rounded = Kind::kRounds;
   c.schedule = a.schedule;
   c.statistics = a.statistics;
   c.directions = a.directions;

@@ -13,7 +13,8 @@ constexpr int kLaneColumns = 4;  // 16 bytes at a time
 
 template <typename Element>
 struct CombineArguments {
-  AlignedRows<Element> key;
+  AlignedRows<Element> query, key;
+  bool rounded;  // operands, by the tensor cores
   Schedule schedule;
   const Statistics* statistics;
   const float* directions;
@@ -66,6 +67,19 @@ __device__ __forceinline__ Statistics combine_statistics(const CombineArguments<
   return total;
 }
 
+// query . key in float32, in all lanes.
+template <typename Element>
+__device__ __forceinline__ float unrounded_positive(const CombineArguments<Element>& p,
+                                                    int64_t query) {
+  const Element* a = p.query.data + query * p.query.stride;
+  const Element* b = p.key.data + query * p.key.stride;
+  float sum = 0;
+  for (int64_t i = threadIdx.x % kWarpLanes; i < p.embed_dim; i += kWarpLanes) {
+    sum += to_float(a[i]) * to_float(b[i]);
+  }
+  return warp_sum(sum);
+}
+
 // log(1 + e^x).
 __device__ __forceinline__ float softplus(float x) {
   return fmaxf(x, 0.0f) + log1pf(expf(-fabsf(x)));
@@ -108,6 +122,9 @@ __global__ void __launch_bounds__(kCombineThreads)
     parts = {p.schedule.first_block(tile), p.schedule.last_block(tile), tile,
              int(query % p.tile_queries)};
     total = combine_statistics(p, parts);
+    // A rank compares products that are rounded alike; in the loss the rounding of the negatives
+    // averages out, but that of the positive would stay.
+    if (p.rounded) total.positive = unrounded_positive(p, query);
     // One rounding in peak - positive * scale: both are large where their difference is small.
     const float gap = fmaf(total.positive, -p.scale, total.peak) + log2f(total.sum);
     loss = softplus(gap * 0.693147181f);

@@ -248,12 +248,16 @@ void test_a_peak_that_moves_from_tile_to_tile() {
   }
 }
 
-// Truncation, or a part of the operands that nobody rounds, would give other bits. The direction
-// subtracts the key as it is.
+// Truncation, or a part of the operands that nobody rounds, would give other bits. Keys of zero:
+// the loss takes query . key as it is.
 inline void test_tf32_operands_are_rounded_to_nearest() {
   const Case c{.batch = 20, .queue_size = 100, .embed_dim = 40};
-  const auto found = run<Tf32>(c, random_operands<Tf32x3>(c));
-  const auto expected = run<Tf32>(c, random_operands<Tf32>(c));
+  auto without_keys = [&](const Operands<float>& o) {
+    const std::vector<double> zeros(o.key.values.size(), 0.0);
+    return run<Tf32>(c, Operands<float>::of(c, o.query.values, zeros, o.queue.values));
+  };
+  const auto found = without_keys(random_operands<Tf32x3>(c));
+  const auto expected = without_keys(random_operands<Tf32>(c));
   expect(found.loss == expected.loss && found.rank == expected.rank,
          "the loss of operands that have been rounded before");
 }
