@@ -121,7 +121,7 @@ def extension() -> Extension:
     import pybind11
 
     target = f"-DTORCH_TARGET_VERSION=0x{TORCH_TARGET[0]:02x}{TORCH_TARGET[1]:02x}000000000000"
-    common = [target, "-O3", f"-I{ROOT / 'csrc'}"]
+    common = [target, "-std=c++20", "-O3", f"-I{ROOT / 'csrc'}"]
     cxx = [*common, "-fvisibility=hidden", "-Wall", "-Wextra"]
     cxx += ["-fno-math-errno"]  # nobody reads errno, and square roots are then taken in vectors
     # GCC notes, for each header, that vectors wider than the baseline change the calling

@@ -270,8 +270,8 @@ BUGS = [
     Bug(
         "a tie is below the key",
         SOFTMAX,
-        "!(logits[m][n][i] < positive[line])",
-        "!(logits[m][n][i] <= positive[line])",
+        "count_unless_below(gathered.rank[line], logits[m][n][i], positive[line]);",
+        "gathered.rank[line] += !(logits[m][n][i] <= positive[line]);",
         "rank: expected 4.0*, got 0",
     ),
     Bug(

@@ -45,11 +45,16 @@ __device__ __forceinline__ void mma_m16n8k8(float (&sum)[4], const uint32_t (&a)
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
 
-// To 10 bits of mantissa, to nearest, ties away from zero. Unrounded bits would be truncated, at
-// ten times the error.
+// To 10 bits of mantissa, to nearest: ties to even from compute capability 9.0 on, where that is
+// one instruction, away from zero before. Unrounded bits would be truncated, at ten times the
+// error.
 __device__ __forceinline__ uint32_t round_to_tf32(float value) {
   uint32_t bits;
+#if __CUDA_ARCH__ >= 900
+  asm("cvt.rn.tf32.f32 %0, %1;" : "=r"(bits) : "f"(value));
+#else
   asm("cvt.rna.tf32.f32 %0, %1;" : "=r"(bits) : "f"(value));
+#endif
   return bits;
 }
 

@@ -24,8 +24,9 @@ template <typename Kind, int kSteps, int kLeftTiles, int kRightTiles, typename L
           typename LoadRight>
 __device__ __forceinline__ void multiply(float (&sums)[kLeftTiles][kRightTiles][4],
                                          LoadLeft load_left, LoadRight load_right) {
-  constexpr int kRun = 4;  // steps in a row that tensor cores sum up where sums must be rounded;
-                           // unrolled further, the compiler runs out of registers
+  constexpr int kRun =
+      Kind::kPrecise ? 2 : 4;  // steps in a row that tensor cores sum up where sums must be
+                               // rounded; unrolled further, the compiler runs out of registers
   for_each_value<kLeftTiles, kRightTiles>([&](int m, int n, int i, int) { sums[m][n][i] = 0; });
 #pragma unroll 1
   for (int start = 0; start < kSteps; start += kRun) {

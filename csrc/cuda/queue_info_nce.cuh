@@ -62,6 +62,10 @@ template <typename Kind, int kDim>
 void launch_forward(const QueueInfoNce<typename Kind::Element>& p,
                     const Workspace<typename Kind::Element>& plan, unsigned char* workspace,
                     Stream stream) {
+  // Of shared memory compute capability 8.0 has 164 KiB, and takes 1 for itself from each block.
+  static_assert(sizeof(typename Kind::Element) == 4 ||
+                    2 * (Shared<Kind, kDim>::bytes(false) + 1024) <= 164 * 1024,
+                "two blocks fit a multiprocessor");
   ForwardArguments<typename Kind::Element> a{};
   a.query = align_rows(p.query, workspace, stream);
   workspace += plan.query_bytes;

@@ -93,16 +93,28 @@ __device__ __forceinline__ void add_parts(const CombineArguments<Element>& p, co
   struct alignas(16) Columns {
     float values[kLaneColumns];
   };
-#pragma unroll 4
-  for (int block = parts.first_block + share; block <= parts.last_block;
-       block += p.warps_per_query) {
-    const int64_t part = p.schedule.part(block, parts.query_tile);
-    const int64_t place = part * p.tile_queries + parts.row;
-    const float weight = exp2_fast(p.statistics[place].peak - peak);
-    const float* direction = p.directions + place * p.direction_dim + column;
-    const Columns columns = *reinterpret_cast<const Columns*>(direction);
+  constexpr int kAtOnce = 4;  // whose loads are under way together; beyond the last, it is repeated
+  for (int first = parts.first_block + share; first <= parts.last_block;
+       first += kAtOnce * p.warps_per_query) {
+    float peaks[kAtOnce];
+    Columns columns[kAtOnce];
 #pragma unroll
-    for (int i = 0; i < kLaneColumns; ++i) sum[i] += weight * columns.values[i];
+    for (int i = 0; i < kAtOnce; ++i) {
+      const int wanted = first + i * p.warps_per_query;
+      const int block = wanted < parts.last_block ? wanted : parts.last_block;
+      const int64_t part = p.schedule.part(block, parts.query_tile);
+      const int64_t place = part * p.tile_queries + parts.row;
+      peaks[i] = p.statistics[place].peak;
+      const float* direction = p.directions + place * p.direction_dim + column;
+      columns[i] = *reinterpret_cast<const Columns*>(direction);
+    }
+#pragma unroll
+    for (int i = 0; i < kAtOnce; ++i) {
+      const bool counts = first + i * p.warps_per_query <= parts.last_block;
+      const float weight = counts ? exp2_fast(peaks[i] - peak) : 0.0f;
+#pragma unroll
+      for (int c = 0; c < kLaneColumns; ++c) sum[c] += weight * columns[i].values[c];
+    }
   }
 }
 

@@ -97,13 +97,16 @@ __device__ __forceinline__ void write_part(const ForwardArguments<typename Kind:
       p.statistics[place] = {gathered.peak[line], sum, positive, rank};
     }
     if constexpr (kWithDirection) {
+      struct alignas(8) Pair {
+        float first, second;
+      };
       float* direction = p.directions + place * p.direction_dim;
 #pragma unroll
       for (int n = 0; n < kDim / 8; ++n) {
         const int column = 8 * n + 2 * pair;
         if (column >= p.direction_dim) continue;
-        direction[column] = gathered.direction[line / 2][n][line % 2 * 2];
-        direction[column + 1] = gathered.direction[line / 2][n][line % 2 * 2 + 1];
+        const float* values = gathered.direction[line / 2][n] + line % 2 * 2;
+        *reinterpret_cast<Pair*>(direction + column) = {values[0], values[1]};
       }
     }
   }

@@ -130,6 +130,8 @@ __device__ __forceinline__ void add_directions(const Logits<Kind, kDim>& weights
     }
 #pragma unroll
     for (int n = 0; n < kDim / 8; n += 2) {
+      // Keeps values from being loaded far ahead, for which registers do not reach.
+      if constexpr (Kind::kPrecise && kDim > 128) warp_barrier();
       float run[S::kLeftTiles][2][4] = {};
 #pragma unroll
       for (int inner = 0; inner < kInnerSteps; ++inner) {
@@ -208,8 +210,9 @@ __device__ __forceinline__ void leave_out(Logits<Kind, kDim>& logits, int queue_
   const int64_t left = queue_size - int64_t(queue_tile) * S::kKeys;
   const int keys_left = left < S::kKeys ? int(left) : S::kKeys;
   bool any = keys_left < S::kKeys;
-  if constexpr (kWithIds) any = any || may_share_an_id<Kind, kDim>(queue_tile);
-  if (!warp_any(any)) return;  // together: what follows is for whole warps
+  // The warp stays together: what follows is for all its lanes.
+  if constexpr (kWithIds) any = warp_any(any || may_share_an_id<Kind, kDim>(queue_tile));
+  if (!any) return;
   uint32_t out[S::kLines];
 #pragma unroll
   for (int line = 0; line < S::kLines; ++line) {
@@ -258,7 +261,7 @@ __device__ __forceinline__ void add_tile(int queue_tile, int64_t queue_size, flo
   leave_out<Kind, kDim, kWithDirection, kWithIds>(logits, queue_tile, queue_size, positive,
                                                   gathered);
   for_each_value<S::kLeftTiles, S::kRightTiles>([&](int m, int n, int i, int line) {
-    gathered.rank[line] += !(logits[m][n][i] < positive[line]);  // so counts a NaN
+    count_unless_below(gathered.rank[line], logits[m][n][i], positive[line]);
     largest[line] = fmaxf(largest[line], logits[m][n][i]);
   });
   bool outgrown = false;

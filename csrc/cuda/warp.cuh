@@ -34,11 +34,22 @@ __device__ __forceinline__ bool warp_any(bool condition) {
   return __any_sync(0xffffffffu, condition);
 }
 
+// Nobody goes on until all lanes of the warp have come; nor does the compiler move memory accesses
+// across.
+__device__ __forceinline__ void warp_barrier() { __syncwarp(); }
+
 // Nobody goes on until all threads of the block have come. What they wrote to shared memory before
 // it, all may read after it.
 __device__ __forceinline__ void block_barrier() { __syncthreads(); }
 
 __device__ __forceinline__ int count_bits(uint32_t bits) { return __popc(bits); }
+
+// count += !(a < b), so also where one of them is NaN.
+__device__ __forceinline__ void count_unless_below(int& count, float a, float b) {
+  asm("{ .reg .pred counts; setp.geu.f32 counts, %1, %2; @counts add.s32 %0, %0, 1; }"
+      : "+r"(count)
+      : "f"(a), "f"(b));
+}
 
 // 2^x to 2 units in the last place; below 2^-126 it is 0.
 __device__ __forceinline__ float exp2_fast(float x) {

@@ -20,6 +20,7 @@ enum class Operation : uint8_t {
   kMma,
   kShuffle,
   kAny,
+  kWarpBarrier,
   kBarrier,
 };
 
@@ -27,7 +28,7 @@ inline const char* name_of(Operation operation) {
   constexpr const char* kNames[] = {
       "running",     "returned", "shared_load",         "shared_store",
       "cp_async",    "ldmatrix", "ldmatrix_transposed", "mma",
-      "shuffle_xor", "warp_any", "block_barrier",
+      "shuffle_xor", "warp_any", "warp_barrier",        "block_barrier",
   };
   return kNames[static_cast<int>(operation)];
 }

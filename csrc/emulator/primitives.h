@@ -130,6 +130,10 @@ __device__ __forceinline__ void ldmatrix_transposed(
   emulator::meet_for_ldmatrix(matrices, row, emulator::Operation::kLdmatrixTransposed, where);
 }
 
+__device__ __forceinline__ void count_unless_below(int& count, float a, float b) {
+  count += !(a < b);
+}
+
 template <int kBytes>
 __device__ __forceinline__ void cp_async(
     void* shared, const void* global, bool valid,
@@ -195,6 +199,13 @@ __device__ __forceinline__ bool warp_any(
     for (bool* lane : lanes) *lane = any;
   });
   return condition;
+}
+
+__device__ __forceinline__ void warp_barrier(
+    std::source_location where = std::source_location::current()) {
+  emulator::Block& block = emulator::Block::current();
+  int nothing = 0;
+  block.meet_warp(block.access(emulator::Operation::kWarpBarrier, where), nothing, [](auto&) {});
 }
 
 __device__ __forceinline__ void block_barrier(

@@ -47,6 +47,7 @@ def queue_info_nce(
     s_ij = query_i . queue_j / temperature, j over the queue entries whose id is not that of i.
     Rows need not have unit length. A NaN reaches the rows that it touches, and those alone; one in
     an entry that an id leaves out spares the loss, but not the gradient, as 0 * NaN is NaN.
+    Infinite operands or logits may give NaN.
 
     Args:
         query: (batch, embed_dim), float32, float64, bfloat16 or float16; accumulated in float32

@@ -79,6 +79,11 @@ void test_lanes_at_different_collectives_have_diverged() {
   expect_fault(kinds, {"the lanes of warp 1 have diverged",
                        "lane 0 to 7: at shuffle_xor (emulator_faults_test.cpp:",
                        "lane 8 to 31: at warp_any (emulator_faults_test.cpp:"});
+  const auto missing = +[] {
+    if (threadIdx.x != 33) warp_barrier();
+    shuffle_xor(1, 1);
+  };
+  expect_fault(missing, {"lane 0: at warp_barrier", "lane 1: at shuffle_xor"});
   const auto returned = +[] {
     if (threadIdx.x == 3) return;
     float sum[4] = {};

@@ -98,6 +98,19 @@ void test_bits_are_counted() {
   expect_equal(count_bits(0x80000001u), 2, "bits of 0x80000001");
 }
 
+void test_what_is_not_below_is_counted() {
+  const auto counted = [](float a, float b) {
+    int count = 5;
+    count_unless_below(count, a, b);
+    return count - 5;
+  };
+  expect_equal(counted(1, 2), 0, "1 < 2");
+  expect_equal(counted(2, 2), 1, "2 = 2");
+  expect_equal(counted(3, 2), 1, "3 > 2");
+  expect_equal(counted(kNaN, 2), 1, "NaN and 2");
+  expect_equal(counted(-kInfinity, kNaN), 1, "-infinity and NaN");
+}
+
 // One tag each for the three products.
 struct TF32 {
   static constexpr int kDepth = 8;
@@ -231,6 +244,7 @@ int main() {
   test_tf32_rounds_ties_away_from_zero();
   test_exp2_flushes_what_is_subnormal();
   test_bits_are_counted();
+  test_what_is_not_below_is_counted();
   test_mma_matches_a_loop<TF32>();
   test_mma_matches_a_loop<Bits16<BFloat16>>();
   test_mma_matches_a_loop<Bits16<Half>>();
