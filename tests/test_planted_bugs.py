@@ -284,8 +284,8 @@ BUGS = [
     Bug(
         "ids match in their lower halves",
         SOFTMAX,
-        "id != shared_load(M::query_ids() + row)",
-        "int(id) != int(shared_load(M::query_ids() + row))",
+        "id != shared_load(M::query_ids() + row + 8 * line)",
+        "int(id) != int(shared_load(M::query_ids() + row + 8 * line))",
         WRONG,
     ),
     Bug("negative ids match", SOFTMAX, "id < 0", "false", WRONG),
@@ -322,8 +322,15 @@ BUGS = [
     Bug(
         "the directions of parts are not rescaled",
         COMBINE,
-        "exp2_fast(p.statistics[place].peak - peak)",
+        "exp2_fast(peaks[i] - peak)",
         "1.0f",
+        WRONG,
+    ),
+    Bug(
+        "the last part counts again and again",
+        COMBINE,
+        "first + i * p.warps_per_query <= parts.last_block",
+        "true",
         WRONG,
     ),
     Bug(
@@ -337,10 +344,9 @@ BUGS = [
     Bug(
         "the direction of the last part is left out",
         COMBINE,
-        PARTS,
-        "block < parts.last_block",
+        "first <= parts.last_block",
+        "first < parts.last_block",
         WRONG,
-        after="#pragma unroll 4",
     ),
     Bug(
         "the share of the last warp is left out",

@@ -176,26 +176,31 @@ __device__ __forceinline__ bool may_share_an_id(int queue_tile) {
   return equal;
 }
 
-// Which keys of a lane do not count for its query `line`, a bit each: those beyond the end of the
-// queue, and those with the id of the query.
+// Which keys of a lane do not count for its queries, a bit each: those beyond the end of the queue,
+// and those with the id of the query.
 template <typename Kind, int kDim, bool kWithIds>
-__device__ __forceinline__ uint32_t left_out(int line, int queue_tile, int keys_left) {
+__device__ __forceinline__ void find_left_out(uint32_t (&out)[Sizes<Kind, kDim>::kLines],
+                                              int queue_tile, int keys_left) {
   using S = Sizes<Kind, kDim>;
   using M = Shared<Kind, kDim>;
   const int thread = thread_id(), pair = thread % 4;
-  const int row = thread / kWarpLanes * S::kWarpQueries + thread % kWarpLanes / 4 + 8 * line;
-  uint32_t out = 0;
-#pragma unroll 1  // rare, and short of registers
+  const int row = thread / kWarpLanes * S::kWarpQueries + thread % kWarpLanes / 4;
+#pragma unroll
+  for (int line = 0; line < S::kLines; ++line) out[line] = 0;
+#pragma unroll 1  // short of registers
   for (int bit = 0; bit < 2 * S::kRightTiles; ++bit) {
     const int key = bit / 2 * 8 + 2 * pair + bit % 2;
-    bool counts = key < keys_left;
-    if constexpr (kWithIds) {
-      const int64_t id = shared_load(M::queue_ids(queue_tile) + key);
-      counts = counts && (id < 0 || id != shared_load(M::query_ids() + row));
+    int64_t id = -1;
+    if constexpr (kWithIds) id = shared_load(M::queue_ids(queue_tile) + key);
+#pragma unroll
+    for (int line = 0; line < S::kLines; ++line) {
+      bool counts = key < keys_left;
+      if constexpr (kWithIds) {
+        counts = counts && (id < 0 || id != shared_load(M::query_ids() + row + 8 * line));
+      }
+      out[line] |= uint32_t(!counts) << bit;
     }
-    out |= uint32_t(!counts) << bit;
   }
-  return out;
 }
 
 // Takes the logits that do not count to -infinity, and out of the rank, into which they will be
@@ -214,9 +219,9 @@ __device__ __forceinline__ void leave_out(Logits<Kind, kDim>& logits, int queue_
   if constexpr (kWithIds) any = warp_any(any || may_share_an_id<Kind, kDim>(queue_tile));
   if (!any) return;
   uint32_t out[S::kLines];
+  find_left_out<Kind, kDim, kWithIds>(out, queue_tile, keys_left);
 #pragma unroll
   for (int line = 0; line < S::kLines; ++line) {
-    out[line] = left_out<Kind, kDim, kWithIds>(line, queue_tile, keys_left);
     if (!(kNothing < positive[line])) gathered.rank[line] -= count_bits(out[line]);
   }
   for_each_value<S::kLeftTiles, S::kRightTiles>([&](int m, int n, int i, int line) {
