@@ -8,18 +8,19 @@ namespace medmoco {
 
 // Rows of kDim elements at an offset of the shared memory, in chunks of 16 bytes. Chunk c of row r
 // lies at place c ^ (r % 8) of its row: so what a warp touches together, one chunk of eight rows or
-// eight chunks of one, is in different banks.
-template <typename Element, int kDim>
+// eight chunks of one, is in different banks. For two chunks of each of four rows, kSwizzle is 2:
+// the place is then c ^ (2 (r % 8)).
+template <typename Element, int kDim, int kSwizzle = 1>
 struct Tile {
   static constexpr int kChunkElements = 16 / int(sizeof(Element));
   static constexpr int kRowBytes = kDim * int(sizeof(Element));
   static constexpr int kRowChunks = kRowBytes / 16;
-  static_assert(kRowChunks % 8 == 0);
+  static_assert(kRowChunks % (8 * kSwizzle) == 0);
 
   int offset;
 
   __device__ __forceinline__ int place(int row, int chunk) const {
-    return offset + row * kRowBytes + (chunk ^ (row & 7)) * 16;
+    return offset + row * kRowBytes + (chunk ^ (row & 7) * kSwizzle) * 16;
   }
   // From a place, `chunks` (whose bits are 0 in the chunk there) and then `rows` (a multiple of 8)
   // further. So a lane works out one place, and finds all others with an instruction or two.
@@ -38,10 +39,11 @@ struct AlignedRows {
 
 // Starts to copy rows [first, first + kRows) into the tile, zeros beyond the last row and chunk.
 // `anywhere` is an address that is valid even if there are no rows.
-template <int kRows, int kThreads, typename Element, int kDim>
+template <int kRows, int kThreads, typename Element, int kDim, int kSwizzle>
 __device__ __forceinline__ void copy_rows(const AlignedRows<Element>& rows, int64_t first,
-                                          Tile<Element, kDim> tile, const void* anywhere) {
-  using T = Tile<Element, kDim>;
+                                          Tile<Element, kDim, kSwizzle> tile,
+                                          const void* anywhere) {
+  using T = Tile<Element, kDim, kSwizzle>;
   constexpr int kRowsAtOnce = kThreads / T::kRowChunks;
   [[maybe_unused]] constexpr int kUnrolled =
       T::kRowBytes < 1024 ? 8 : 2;  // where rows are wide, registers are short
