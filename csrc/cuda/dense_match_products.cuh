@@ -101,7 +101,9 @@ __device__ __forceinline__ void add_chunk(Dots<S>& dots,
   const int warp = thread_id() / kWarpLanes;
   float run[S::kLeftTiles][S::kRightTiles][4] = {};
   auto& target = Kind::kPrecise ? run : dots;
-#pragma unroll
+  // Unrolled further, the addresses of single elements would not fit the registers.
+  [[maybe_unused]] constexpr int kUnrolled = S::kLayout == MapLayout::kUnaligned ? 1 : kChunkSteps;
+#pragma unroll kUnrolled
   for (int step = 0; step < kChunkSteps; ++step) {
     typename Kind::A left[S::kLeftTiles];
     uint32_t raw[4];

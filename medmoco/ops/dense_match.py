@@ -32,7 +32,10 @@ def dense_match(query_map: Tensor, key_map: Tensor) -> tuple[Tensor, Tensor]:
         query_map: (batch, channels, height, width) or (batch, channels, positions), float32,
             float64, bfloat16 or float16; accumulated in float32 (float64 for float64). Contiguous
             and channels_last maps are read as they lie; one whose height and width do not share
-            one stride is copied.
+            one stride is copied. On CUDA, where the kernel takes no float64 and PyTorch computes
+            that, maps with gaps between positions are copied too, and channels_last ones unless
+            both are and rows of channels are of 16-byte multiples; float32 keeps its accuracy
+            unless torch.backends.cuda.matmul.fp32_precision is "tf32".
         key_map: likewise; only batch and channels have to agree.
 
     Returns:
@@ -49,7 +52,7 @@ def dense_match(query_map: Tensor, key_map: Tensor) -> tuple[Tensor, Tensor]:
     query_map, key_map = autocast_operands(query_map.device.type, (query_map, key_map))
     _check(query_map, key_map, dims=(4, 3))
     query, key = query_map.flatten(2), key_map.flatten(2)
-    if has_kernel(OP, query.device):
+    if has_kernel(OP, query.device) and not (query.is_cuda and query.dtype == torch.float64):
         index, similarity = torch.ops.medmoco.dense_match(
             query, key, query.is_cuda and tf32_allowed()
         )

@@ -3,11 +3,9 @@
 
 #pragma once
 
-#include <array>
-#include <set>
-#include <tuple>
 #include <vector>
 
+#include "pairwise.h"
 #include "queue_info_nce_check.h"
 
 namespace medmoco::test {
@@ -19,55 +17,18 @@ inline const std::vector<float> kTemperatures = {0.2f, 0.07f, 0.01f, 5.0f};
 inline const std::vector<int> kMultiprocessors = {1, 2, 3, 7};
 constexpr int kLayouts = 4;
 
-using Choice = std::array<int, 8>;  // of a value for each factor
-
-inline Case case_of(const Choice& choice, uint64_t seed) {
+inline Case case_of(const Choice<8>& choice, uint64_t seed) {
   return {kBatches[choice[0]],         kQueueSizes[choice[1]], kEmbedDims[choice[2]],
           kTemperatures[choice[3]],    choice[4] == 1,         choice[5] == 1,
           kMultiprocessors[choice[6]], Layout(choice[7]),      seed};
 }
 
-// Cases in which any two values of any two factors meet: of 30 choices, the one in which most do
-// that have not met yet, until all have.
 inline std::vector<Case> pairwise_grid() {
-  const Choice counts = {int(kBatches.size()),
-                         int(kQueueSizes.size()),
-                         int(kEmbedDims.size()),
-                         int(kTemperatures.size()),
-                         2,
-                         2,
-                         int(kMultiprocessors.size()),
-                         kLayouts};
-  using Pair = std::tuple<int, int, int, int>;  // a factor and its value, a later one and its value
-  std::set<Pair> apart;
-  const auto for_each_pair = [](const Choice& choice, auto visit) {
-    for (int f = 0; f < int(choice.size()); ++f) {
-      for (int g = f + 1; g < int(choice.size()); ++g) visit(Pair{f, choice[f], g, choice[g]});
-    }
-  };
-  for_each_pair(counts, [&](const Pair& pair) {
-    const auto [f, f_count, g, g_count] = pair;
-    for (int a = 0; a < f_count; ++a) {
-      for (int b = 0; b < g_count; ++b) apart.insert({f, a, g, b});
-    }
-  });
-  emulator::Random random(4);
   std::vector<Case> cases;
-  while (!apart.empty()) {
-    Choice best{};
-    int most = 0;
-    for (int attempt = 0; attempt < 30; ++attempt) {
-      Choice choice;
-      for (size_t f = 0; f < choice.size(); ++f) choice[f] = int(random.below(counts[f]));
-      const auto [f, a, g, b] = *apart.begin();
-      choice[f] = a;
-      choice[g] = b;
-      int meet = 0;
-      for_each_pair(choice, [&](const Pair& pair) { meet += int(apart.count(pair)); });
-      if (meet > most) best = choice, most = meet;
-    }
-    for_each_pair(best, [&](const Pair& pair) { apart.erase(pair); });
-    cases.push_back(case_of(best, cases.size() + 1));
+  for (const auto& choice : pairwise_choices<8>({int(kBatches.size()), int(kQueueSizes.size()),
+                                                 int(kEmbedDims.size()), int(kTemperatures.size()),
+                                                 2, 2, int(kMultiprocessors.size()), kLayouts})) {
+    cases.push_back(case_of(choice, cases.size() + 1));
   }
   return cases;
 }

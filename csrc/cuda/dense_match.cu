@@ -1,0 +1,73 @@
+// dense_match on CUDA: tensors to and from the kernels.
+
+#include "dense_match.cuh"
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <cstdint>
+#include <tuple>
+
+#include "../checks.h"
+#include "device.cuh"
+
+namespace medmoco {
+namespace {
+
+using torch::stable::accelerator::DeviceGuard;
+
+template <typename Element>
+FeatureMap<Element> map_of(const Tensor& tensor) {
+  return {static_cast<const Element*>(tensor.const_data_ptr()), tensor.stride(0), tensor.stride(1),
+          tensor.stride(2), tensor.size(2)};
+}
+
+template <typename Kind>
+void match(const Tensor& query_map, const Tensor& key_map, Tensor& index, Tensor& similarity) {
+  DenseMatch<typename Kind::Element> p{};
+  p.query = map_of<typename Kind::Element>(query_map);
+  p.key = map_of<typename Kind::Element>(key_map);
+  p.batch = query_map.size(0);
+  p.channels = query_map.size(1);
+  p.index = static_cast<int64_t*>(index.mutable_data_ptr());
+  p.similarity = static_cast<float*>(similarity.mutable_data_ptr());
+
+  const int32_t device = query_map.get_device_index();
+  const DeviceGuard guard(device);
+  // Freed when this returns, though the kernels may still have to run: what is given this memory
+  // next on the same stream runs after them.
+  Tensor workspace;
+  auto allocate = [&](int64_t bytes) {
+    workspace = torch::stable::new_empty(query_map, {bytes}, ScalarType::Byte);
+    return workspace.mutable_data_ptr();
+  };
+  dense_match_forward<Kind>(p, multiprocessors(device), allocate, current_stream(device));
+}
+
+std::tuple<Tensor, Tensor> dense_match_cuda(Tensor query_map, Tensor key_map, bool allow_tf32) {
+  check_dense_match(query_map, key_map);
+  if (query_map.scalar_type() == ScalarType::Double) {
+    fail("dense_match: query_map must be float32, bfloat16 or float16 on CUDA, got ",
+         dtype_text(query_map));
+  }
+  const int64_t batch = query_map.size(0), queries = query_map.size(2);
+  Tensor index = torch::stable::new_empty(query_map, {batch, queries}, ScalarType::Long);
+  Tensor similarity = torch::stable::new_empty(query_map, {batch, queries}, ScalarType::Float);
+  auto run = [&](auto kernel) { kernel(query_map, key_map, index, similarity); };
+  switch (query_map.scalar_type()) {
+    case ScalarType::BFloat16: run(match<SixteenBit<BFloat16>>); break;
+    case ScalarType::Half: run(match<SixteenBit<Half>>); break;
+    default: run(allow_tf32 ? match<Tf32> : match<Tf32x3>);
+  }
+  return {index, similarity};
+}
+
+}  // namespace
+}  // namespace medmoco
+
+STABLE_TORCH_LIBRARY_IMPL(medmoco, CUDA, m) {
+  if (medmoco::unverified_kernels_enabled()) {
+    m.impl("dense_match", TORCH_BOX(&medmoco::dense_match_cuda));
+  }
+}
