@@ -20,10 +20,11 @@ import pytest
 from medmoco import _C
 
 # Kernels on the tensor cores, and what their machine code has to hold: products (HMMA), reads of
-# shared memory in fragments (LDSM), copies that bypass registers (LDGSTS).
+# shared memory in fragments (LDSM; LDS by element), copies that bypass registers (LDGSTS).
 NEEDED_INSTRUCTIONS = {
     "queue_info_nce_forward_kernel": ("HMMA", "LDSM", "LDGSTS"),
     "dense_match_forward_kernel": ("HMMA", "LDS", "LDGSTS"),
+    "(medmoco::MapLayout)0": ("HMMA", "LDSM", "LDGSTS"),  # channels last
 }
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -1,7 +1,5 @@
 // dense_match on CUDA: tensors to and from the kernels.
 
-#include "dense_match.cuh"
-
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
@@ -10,6 +8,7 @@
 #include <tuple>
 
 #include "../checks.h"
+#include "dense_match.cuh"
 #include "device.cuh"
 
 namespace medmoco {

@@ -152,7 +152,7 @@ __device__ __forceinline__ void scale_keys(const MatchShared<S>& shared,
   const int thread = thread_id(), warp = thread / kWarpLanes;
   share_squares(squares,
                 [&](int i) { return shared.key_square(warp / 2, warp % 2 * S::kWarpKeys + i); });
-  block_barrier();  // all squares are there, and nobody reads the scales before
+  block_barrier();  // squares are there, and nobody reads chunks or the scales before
   if (thread < S::kKeys) {
     const float factor = inverse_length(shared_load(shared.key_square(0, thread)),
                                         shared_load(shared.key_square(1, thread)));
@@ -248,8 +248,8 @@ __device__ __forceinline__ void match_part(const MatchArguments<typename S::Elem
   const int chunks = int((p.channels + kDepth - 1) / kDepth);
   const int thread = thread_id(), warp = thread / kWarpLanes;
 
+  // The part before is done with its chunks: see scale_keys.
   ChunkCopies<S> copies{.tile = first, .first_tile = first};
-  block_barrier();  // the part before is done with the shared memory
 #pragma unroll 1
   for (int i = 0; i < S::kStages - 1; ++i) copies.start(p, image, first_query, chunks, end);
 
@@ -274,7 +274,7 @@ __device__ __forceinline__ void match_part(const MatchArguments<typename S::Elem
 #pragma unroll 1
     for (int chunk = 0; chunk < chunks; ++chunk) {
       cp_async_wait<S::kStages - 2>();
-      block_barrier();  // all copies of this chunk have arrived, and nobody reads the one before
+      block_barrier();  // this chunk has arrived, and nobody reads the one before
       copies.start(p, image, first_query, chunks, end);
       const int64_t channel = int64_t(chunk) * kDepth;
       const int query_slot = p.query_slots >= chunks ? chunk : slot;

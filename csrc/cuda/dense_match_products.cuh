@@ -28,7 +28,7 @@ struct MatchSizes {
   static constexpr int kStages = kLarge ? 2 : 4;
   // Query chunks stay in shared memory while keys go by, if they are this few.
   static constexpr int kMostResident = kLarge ? 4 : kStages;
-  static constexpr int kBlocksPerMultiprocessor = kLarge ? 2 : 3;
+  static constexpr int kBlocksPerMultiprocessor = kLarge || Kind::kPrecise ? 2 : 3;
 };
 
 // Sums of squares, and all bits but the sign that occur: a vector of tiny numbers, whose squares

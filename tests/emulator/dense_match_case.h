@@ -2,6 +2,8 @@
 
 #pragma once
 
+#include <sanitizer/asan_interface.h>
+
 #include <cmath>
 #include <cstdlib>
 #include <limits>
@@ -18,7 +20,7 @@ namespace medmoco::test {
 enum class Lies {
   kChannelsFirst,  // aligned where a row of positions is a multiple of 16 bytes
   kChannelsLast,   // aligned where the channels of a position are
-  kOddStart,       // channels first, from the second element of the memory on
+  kOddStart,       // channels first, from 8 bytes behind an aligned address on
   kRowsApart,      // channels first, with five elements between the channels
   kChannelsApart,  // channels last, with eight elements between the positions
   kEveryOther,     // channels first, every other position
@@ -39,8 +41,8 @@ struct MatchCase {
   }
 };
 
-// A map in some layout. The memory ends where the map does, so that AddressSanitizer sees a read
-// beyond.
+// A map in some layout. The memory begins and ends where the map does, so that AddressSanitizer
+// sees a read beyond.
 template <typename Element>
 struct MapInMemory {
   int channels, positions;
@@ -56,11 +58,12 @@ struct MapInMemory {
     const int64_t row_stride = columns * column_stride + (lies == Lies::kRowsApart       ? 5
                                                           : lies == Lies::kChannelsApart ? 8
                                                                                          : 0);
-    const int64_t offset = lies == Lies::kOddStart;
+    const int64_t offset = lies == Lies::kOddStart ? 24 / sizeof(Element) : 0;
     const int64_t image = rows * row_stride;
     const int64_t size =
         (batch - 1) * image + (rows - 1) * row_stride + (columns - 1) * column_stride + 1 + offset;
     if (batch > 0 && positions > 0) memory.reset(new Element[size]);
+    ASAN_POISON_MEMORY_REGION(memory.get(), offset * sizeof(Element));
     map = {memory ? memory.get() + offset : nullptr, image, last ? column_stride : row_stride,
            last ? row_stride : column_stride, positions};
     for (int64_t i = 0; i < int64_t(values.size()); ++i) {

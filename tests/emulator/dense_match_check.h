@@ -93,7 +93,8 @@ MatchResult check(const MatchCase& c, const MatchVectors& vectors) {
     found = run<Kind>(c, operands);
   } catch (const std::exception& error) {
     fail(c.text() + ": " + error.what(), std::source_location::current());
-    return found;
+    return {std::vector<int64_t>(size_t(c.batch) * c.queries, -1),
+            std::vector<float>(size_t(c.batch) * c.queries, 9)};
   }
   expect_best(c, operands, found, kAllowed<Kind>);
   return found;

@@ -6,12 +6,29 @@
 
 namespace medmoco::test {
 
-// Cases of both sizes of the kernel, in several parts.
+inline void test_matches_are_ordered() {
+  const float nan = std::nanf(""), infinity = HUGE_VALF;
+  const std::vector<float> scores = {-infinity, -2, -1e-40f, 0, 1e-40f, 0.5f, infinity, nan};
+  for (size_t i = 0; i < scores.size(); ++i) {
+    for (const uint32_t position : {0u, 5u, 1u << 30}) {
+      const uint64_t match = match_of(scores[i], position);
+      expect_equal(score_of(match), scores[i], "score");
+      expect_equal(double(position_of(match)), position, "position");
+      expect(match < match_of(scores[i], position - 1) || position == 0, "the lower position");
+      expect(i == 0 || match_of(scores[i - 1], 0) < match, "the higher score");
+      expect(match != kIrregular, "kIrregular to be no match");
+    }
+  }
+  expect(match_of(-0.0f, 3) == match_of(0.0f, 3), "-0 to be 0");
+  expect(match_of(-nan, 3) == match_of(nan, 3), "any NaN to be the same");
+}
+
+// Cases of both sizes of the kernel, one in two tiles of keys after each other, one in parts.
 inline std::vector<MatchCase> edge_cases() {
-  return {{.batch = 2, .channels = 40, .queries = 30, .keys = 61},
-          {.batch = 2, .channels = 40, .queries = 70, .keys = 300, .multiprocessors = 3},
+  return {{.batch = 2, .channels = 24, .queries = 30, .keys = 61},
+          {.batch = 1, .channels = 24, .queries = 70, .keys = 264},
           {.batch = 1,
-           .channels = 40,
+           .channels = 24,
            .queries = 20,
            .keys = 300,
            .multiprocessors = 7,
@@ -109,7 +126,8 @@ void test_lengths_do_not_matter() {
   if (std::is_same_v<Kind, SixteenBit<Half>>) return;
   test_lengths_do_not_matter<Kind>(
       {1e-38, 1e-30, 1e-19, 1e-15, 1e-10, 1, 1e10, 1e15, 3e19, 1e30, 5e37});
-  test_lengths_do_not_matter<Kind>({1e-12, 1, 1e12});
+  test_lengths_do_not_matter<Kind>({1e-12, 1, 1e12});  // nothing out of the ordinary
+  test_lengths_do_not_matter<Kind>({1, 1e-30});        // whose squares vanish
 }
 
 template <typename Kind>

@@ -16,6 +16,7 @@ int test_dense_match() {
   test_any_split_gives_the_same_bits<Kind>();
   test_any_layout_gives_the_same_bits<Kind>();
   test_maps_that_lie_well_are_not_copied<Kind>();
+  test_matches_are_ordered();
   test_ties_go_to_the_lowest_position<Kind>();
   test_a_zero_vector_has_cosine_zero<Kind>();
   test_the_lowest_nan_wins<Kind>();

@@ -1,40 +1,13 @@
-"""Bugs planted in the CUDA kernel of queue_info_nce: its tests on the emulator catch each.
+"""Bugs planted in the CUDA kernel of queue_info_nce: its tests on the emulator catch each."""
 
-All are planted at once in a copy of the sources, behind a number that says which one is awake: so
-one build serves all.
-"""
-
-import os
 import re
-import shutil
-import subprocess
-from collections import defaultdict
-from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from planting import OUTSIDE, RACE, Bug, build, copy_of_kernels, run
 
-ROOT = Path(__file__).resolve().parents[1]
-COMPILER = shutil.which(os.environ.get("CXX", "c++"))
-FLAGS = ["-std=c++20", "-O1", "-g", "-w", "-fsanitize=address,undefined"]
-FLAGS += ["-fno-sanitize-recover=all"]
-
-# How a bug shows.
-RACE = "race on shared bytes"
-OUTSIDE = "AddressSanitizer: heap-buffer-overflow"
 WRONG = "expected (an error of the|a rank from|a loss of|a direction of)|rank: expected"
 NAN = "got -?nan"
-
-
-@dataclass
-class Bug:
-    name: str
-    file: str
-    old: str  # stands once in the file, or is the first after `after`, which does
-    new: str
-    caught: str  # a regular expression for what the program prints
-    after: str = ""
-
 
 FORWARD = "queue_info_nce_forward.cuh"
 SOFTMAX = "queue_info_nce_softmax.cuh"
@@ -359,61 +332,16 @@ BUGS = [
 ]
 
 
-def place_of(bug: Bug, text: str) -> int:
-    if not bug.after:
-        assert text.count(bug.old) == 1, f"{bug.name}: {bug.old} stands once in {bug.file}"
-        return text.index(bug.old)
-    assert text.count(bug.after) == 1, f"{bug.name}: {bug.after} stands once in {bug.file}"
-    return text.index(bug.old, text.index(bug.after))
-
-
-def planted(text: str, bugs: list[tuple[int, Bug]]) -> str:
-    """The text of a file with these numbered bugs in it, asleep."""
-    alternatives = defaultdict(list)
-    for number, bug in bugs:
-        place = place_of(bug, text)
-        alternatives[place, place + len(bug.old)].append((number, bug.new))
-    for (start, end), choices in sorted(alternatives.items(), reverse=True):
-        code = text[start:end]
-        for number, new in choices:
-            if ";" in text[start:end]:  # statements; a comment may end them
-                code = f"if (planted_bug == {number}) {{ {new} }} else {{ {code}\n}}"
-            else:
-                code = f"(planted_bug == {number} ? ({new}) : ({code}))"
-        text = text[:start] + code + text[end:]
-    return text
-
-
 @pytest.fixture(scope="module")
 def program(tmp_path_factory) -> Path:
-    if COMPILER is None:
-        pytest.skip("there is no C++ compiler")
-    folder = tmp_path_factory.mktemp("planted")
-    shutil.copytree(ROOT / "csrc", folder / "csrc")
-    for file in {bug.file for bug in BUGS}:
-        path = folder / "csrc/cuda" / file
-        bugs = [(i, bug) for i, bug in enumerate(BUGS, 1) if bug.file == file]
-        path.write_text(planted(path.read_text(), bugs))
+    sources = copy_of_kernels(tmp_path_factory.mktemp("planted"), BUGS)
     # One width, to build faster.
-    path = folder / "csrc/cuda/queue_info_nce.cuh"
+    path = sources / "cuda/queue_info_nce.cuh"
     widths = re.compile(r"if \(embed_dim <= 64\) (return .*;)\n.*<128>.*\n.*<256>.*;")
     text, count = widths.subn(r"\1", path.read_text())
     assert count == 1
     path.write_text(text)
-    (folder / "planted_bug.h").write_text("#pragma once\ninline int planted_bug = 0;\n")
-    program = folder / "planted_bugs"
-    source = ROOT / "tests/emulator/planted_bugs.cpp"
-    command = [COMPILER, *FLAGS, "-include", folder / "planted_bug.h", f"-I{folder}/csrc"]
-    built = subprocess.run([*command, source, "-o", program], capture_output=True, text=True)
-    assert built.returncode == 0, built.stderr
-    return program
-
-
-def run(program: Path, number: int) -> tuple[int, str]:
-    result = subprocess.run(
-        [program, str(number)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-    )
-    return result.returncode, result.stdout
+    return build(sources, "planted_bugs_queue_info_nce.cpp")
 
 
 def test_without_a_bug_all_passes(program):
