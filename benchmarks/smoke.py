@@ -26,7 +26,11 @@ CPU = torch.device("cpu")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # Of the operators that have no checks of their own.
 SIZES: dict[str, tuple[Size, ...]] = {
-    "dense_match": ({"B": 2, "C": 19, "S": 67}, {"B": 3, "C": 64, "S": 9}),
+    "dense_match": (
+        {"B": 2, "C": 19, "S": 67},
+        {"B": 3, "C": 64, "S": 9},
+        {"B": 2, "C": 300, "S": 136},
+    ),
     "covariance_loss": ({"N": 33, "D": 70}, {"N": 130, "D": 17}),
     "zca_whiten": ({"N": 40, "D": 36, "group": 12},),
 }

@@ -15,6 +15,7 @@ WRONG = (
 BEFORE = "AddressSanitizer: use-after-poison"
 
 FORWARD = "dense_match_forward.cuh"
+FOUND = "dense_match_found.cuh"
 PRODUCTS = "dense_match_products.cuh"
 COMBINE = "dense_match_combine.cuh"
 CHUNK = "map_chunk.cuh"
@@ -305,22 +306,22 @@ BUGS = [
     ),
     Bug(
         "the highest of equal positions",
-        FORWARD,
+        FOUND,
         "uint32_t(~position)",
         "position",
         WRONG,
     ),
     Bug(
         "negative scores are not ordered",
-        FORWARD,
+        FOUND,
         "bits >> 31 ? ~bits : bits | 0x80000000u",
         "bits ^ 0x80000000u",
         "score|index",
     ),
-    Bug("-0 is below 0", FORWARD, "bits_of(score + 0.0f)", "bits_of(score)", "expected -0 to be 0"),
+    Bug("-0 is below 0", FOUND, "bits_of(score + 0.0f)", "bits_of(score)", "expected -0 to be 0"),
     Bug(
         "a negative NaN is the worst",
-        FORWARD,
+        FOUND,
         "if (score != score) bits = 0x7fc00000u;",
         "",
         "any NaN|score",

@@ -8,7 +8,8 @@
 
 namespace medmoco {
 
-// Sizes that keep accumulators within the registers. kLarge: for maps of more than 64 positions.
+// Sizes that keep accumulators within the registers, twice as many where sums must be rounded.
+// kLarge: for maps of more than 64 positions.
 template <typename Kind_, MapLayout kLayout_, bool kLarge>
 struct MatchSizes {
   using Kind = Kind_;
@@ -17,7 +18,7 @@ struct MatchSizes {
   // Four warps: two by the queries, two by the keys. In tiles of a product, of 16 queries and 8
   // keys, a warp has
   static constexpr int kLeftTiles = kLarge && !Kind::kPrecise ? 4 : 2;
-  static constexpr int kRightTiles = kLarge ? 8 : 4;
+  static constexpr int kRightTiles = kLarge && !Kind::kPrecise ? 8 : 4;
   static constexpr int kLines = 2 * kLeftTiles;  // queries that a lane has values of
   static constexpr int kWarpQueries = 16 * kLeftTiles, kWarpKeys = 8 * kRightTiles;
   static constexpr int kQueries = 2 * kWarpQueries, kKeys = 2 * kWarpKeys;
@@ -101,8 +102,11 @@ __device__ __forceinline__ void add_chunk(Dots<S>& dots,
   const int warp = thread_id() / kWarpLanes;
   float run[S::kLeftTiles][S::kRightTiles][4] = {};
   auto& target = Kind::kPrecise ? run : dots;
-  // Unrolled further, the addresses of single elements would not fit the registers.
-  [[maybe_unused]] constexpr int kUnrolled = S::kLayout == MapLayout::kUnaligned ? 1 : kChunkSteps;
+  // Unrolled further, addresses of single elements and parts of float32 would not fit the
+  // registers.
+  [[maybe_unused]] constexpr int kUnrolled = S::kLayout == MapLayout::kUnaligned ? 1
+                                             : sizeof(Element) == 4              ? 2
+                                                                                 : kChunkSteps;
 #pragma unroll kUnrolled
   for (int step = 0; step < kChunkSteps; ++step) {
     typename Kind::A left[S::kLeftTiles];
