@@ -1,7 +1,10 @@
-"""Shared fixtures: a small phantom task, the real volumes, the device."""
+"""Shared fixtures: a small phantom task, the real volumes, the device, programs side by side."""
 
 import os
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -43,3 +46,20 @@ def device(request) -> str:
             pytest.fail("MEDMOCO_REQUIRE_CUDA=1, but torch sees no CUDA device")
         pytest.skip("torch sees no CUDA device")
     return request.param
+
+
+@pytest.fixture(scope="module")
+def started(request) -> Iterator[Callable[..., dict[Any, Future[Any]]]]:
+    """started(name, call) starts call(value) for each value of the parameter `name` in the chosen
+    tests of the module, as many at once as there are cores, and returns the futures by value.
+    """
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+
+        def start(name: str, call: Callable[[Any], Any]) -> dict[Any, Future[Any]]:
+            tests = [item for item in request.session.items if item.path == request.node.path]
+            specs = [test.callspec.params for test in tests if hasattr(test, "callspec")]
+            values = [parameters[name] for parameters in specs if name in parameters]
+            return {value: pool.submit(call, value) for value in values}
+
+        yield start
+        pool.shutdown(cancel_futures=True)  # of a run that was stopped

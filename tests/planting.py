@@ -23,7 +23,7 @@ RACE = "race on shared bytes"
 OUTSIDE = "AddressSanitizer: heap-buffer-overflow"
 
 
-@dataclass
+@dataclass(frozen=True)
 class Bug:
     name: str
     file: str

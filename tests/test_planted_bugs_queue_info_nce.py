@@ -344,13 +344,18 @@ def program(tmp_path_factory) -> Path:
     return build(sources, "planted_bugs_queue_info_nce.cpp")
 
 
+@pytest.fixture(scope="module")
+def outcomes(program, started):
+    return started("bug", lambda bug: run(program, BUGS.index(bug) + 1))
+
+
 def test_without_a_bug_all_passes(program):
     status, output = run(program, 0)
     assert status == 0, output
 
 
 @pytest.mark.parametrize("bug", BUGS, ids=lambda bug: bug.name)
-def test_is_caught(bug, program):
-    status, output = run(program, BUGS.index(bug) + 1)
+def test_is_caught(bug, outcomes):
+    status, output = outcomes[bug].result()
     assert status != 0, "nothing noticed"
     assert re.search(bug.caught, output), output
