@@ -67,7 +67,8 @@ constexpr float kHeadroom = 0;
 template <>
 constexpr float kHeadroom<SixteenBit<Half>> = 7;
 constexpr float kSlack = 8;
-constexpr float kNoPeak = -1e38f;  // below any logit, and finite: -infinity - -infinity is NaN
+// Finite, as -infinity - -infinity is NaN; logits below it count as left out.
+constexpr float kNoPeak = -1e38f;
 
 // A lane's share of the logits of a warp's queries and a tile of the queue, and then of the
 // weights.
