@@ -19,15 +19,14 @@ __device__ __forceinline__ void for_each_value(Visit visit) {
   }
 }
 
-// sums (left tile, right tile) = left operands . right operands, over the whole depth.
+// sums (left tile, right tile) += left operands . right operands, over kSteps steps of depth.
 template <typename Kind, int kSteps, int kLeftTiles, int kRightTiles, typename LoadLeft,
           typename LoadRight>
-__device__ __forceinline__ void multiply(float (&sums)[kLeftTiles][kRightTiles][4],
-                                         LoadLeft load_left, LoadRight load_right) {
+__device__ __forceinline__ void multiply_add(float (&sums)[kLeftTiles][kRightTiles][4],
+                                             LoadLeft load_left, LoadRight load_right) {
   constexpr int kRun =
       Kind::kPrecise ? 2 : 4;  // steps in a row that tensor cores sum up where sums must be
                                // rounded; unrolled further, the compiler runs out of registers
-  for_each_value<kLeftTiles, kRightTiles>([&](int m, int n, int i, int) { sums[m][n][i] = 0; });
 #pragma unroll 1
   for (int start = 0; start < kSteps; start += kRun) {
     float run[kLeftTiles][kRightTiles][4] = {};
@@ -58,6 +57,15 @@ __device__ __forceinline__ void multiply(float (&sums)[kLeftTiles][kRightTiles][
           [&](int m, int n, int i, int) { sums[m][n][i] += run[m][n][i]; });
     }
   }
+}
+
+// The same, from zero.
+template <typename Kind, int kSteps, int kLeftTiles, int kRightTiles, typename LoadLeft,
+          typename LoadRight>
+__device__ __forceinline__ void multiply(float (&sums)[kLeftTiles][kRightTiles][4],
+                                         LoadLeft load_left, LoadRight load_right) {
+  for_each_value<kLeftTiles, kRightTiles>([&](int m, int n, int i, int) { sums[m][n][i] = 0; });
+  multiply_add<Kind, kSteps>(sums, load_left, load_right);
 }
 
 }  // namespace medmoco
