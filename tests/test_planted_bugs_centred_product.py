@@ -1,0 +1,206 @@
+"""Bugs planted in the product of centred operands: its tests on the emulator catch each.
+
+What it shares with the other kernels (the order of fragments, the places in shared memory, the
+schedule) is broken in their tests.
+"""
+
+import re
+from pathlib import Path
+
+import pytest
+from planting import OUTSIDE, RACE, Bug, build, copy_of_kernels, run
+
+MISALIGNED = "misaligned address"
+WRONG = r"moment .*: expected|result .*: expected|is found again"
+
+OPERAND = "centred_operand.cuh"
+PRODUCT = "centred_product.cuh"
+MOMENT = "centred_moment.cuh"
+APPLY = "centred_apply.cuh"
+PRODUCTS = "products.cuh"
+
+BUGS = [
+    # Chunks on their way.
+    Bug(
+        "no barrier in the loop",
+        PRODUCT,
+        "block_barrier();  // this chunk is there, and nobody reads the one before",
+        "",
+        RACE,
+    ),
+    Bug(
+        "a chunk is multiplied that is not the stored one",
+        PRODUCT,
+        "slot ^= 1;",
+        "",
+        f"{RACE}|{WRONG}",
+    ),
+    Bug("the right operand lies on the left one", PRODUCT, "(2 + slot)", "(1 + slot)", RACE),
+    Bug("the last chunk is left out", PRODUCT, "chunk < end", "chunk + 1 < end", WRONG),
+    Bug(
+        "the depth of the right operand stays",
+        PRODUCT,
+        "right.load(term.right, batch, first_column, int64_t(chunk) * kProductDepth);",
+        "right.load(term.right, batch, first_column, int64_t(first) * kProductDepth);",
+        WRONG,
+    ),
+    Bug(
+        "the warps of a row have the same columns",
+        PRODUCT,
+        "warp % S::kWarpsByColumns * S::kWarpColumns",
+        "0",
+        WRONG,
+        after="const typename Right::Chunk::Reader right(",
+    ),
+    Bug("a chunk too few", PRODUCT, "(depth + kProductDepth - 1)", "depth", WRONG),
+    Bug(
+        "results beside their rows", PRODUCT, "i / 2 * 8 + lane / 4", "i % 2 * 8 + lane / 4", WRONG
+    ),
+    Bug(
+        "sums of the last steps alone",
+        PRODUCTS,
+        "sums[m][n][i] += run[m][n][i];",
+        "sums[m][n][i] = run[m][n][i];",
+        WRONG,
+    ),
+    # Loads.
+    Bug("a row too many", OPERAND, "first_row + row(i) < operand.rows", "true", OUTSIDE),
+    Bug(
+        "four columns where fewer are left",
+        OPERAND,
+        "operand.in_fours() && c + 4 <= operand.columns",
+        "operand.in_fours()",
+        OUTSIDE,
+    ),
+    Bug(
+        "four at a time of columns apart",
+        OPERAND,
+        "values.column_stride == 1",
+        "true",
+        WRONG,
+    ),
+    Bug(
+        "four at a time from an odd address",
+        OPERAND,
+        "address % (4 * bytes_of(values.storage)) == 0",
+        "true",
+        MISALIGNED,
+    ),
+    Bug(
+        "four at a time of rows that begin anywhere",
+        OPERAND,
+        "strides % 4 == 0",
+        "true",
+        MISALIGNED,
+    ),
+    Bug("a column too many", OPERAND, "e < left", "true", OUTSIDE),
+    Bug(
+        "the next matrix of a batch",
+        OPERAND,
+        "batch * operand.batch_stride",
+        "batch",
+        WRONG,
+    ),
+    Bug(
+        "odd columns of 16-bit elements",
+        OPERAND,
+        "bits[i][e / 2] >> (e % 2 * 16)",
+        "bits[i][e / 2]",
+        WRONG,
+    ),
+    Bug("rows below the first", OPERAND, "place += kRowsAtOnce * m.row_stride;", "", WRONG),
+    # Centring.
+    Bug(
+        "the mean's low part is left out",
+        OPERAND,
+        "value - high.values[e] - low.values[e]",
+        "value - high.values[e]",
+        WRONG,
+    ),
+    Bug(
+        "the mean of the first matrix",
+        OPERAND,
+        "operand.mean_high[batch * operand.mean_batch_stride + c + e]",
+        "operand.mean_high[c + e]",
+        WRONG,
+    ),
+    Bug(
+        "rows beyond the last are not zero",
+        OPERAND,
+        "r >= operand.rows",
+        "false",
+        WRONG,
+    ),
+    Bug(
+        "a masked column too many",
+        OPERAND,
+        "operand.rank[c + e] < operand.least_rank",
+        "operand.rank[c + e] <= operand.least_rank",
+        WRONG,
+    ),
+    Bug(
+        "the diagonal stays",
+        OPERAND,
+        "(operand.zero_diagonal && r == c + e)",
+        "false",
+        WRONG,
+    ),
+    # Results.
+    Bug(
+        "tiles beside the diagonal",
+        MOMENT,
+        "index - row * (row + 1) / 2",
+        "index - row * (row - 1) / 2",
+        WRONG,
+    ),
+    Bug("a part is left out", MOMENT, "block <= last", "block < last", WRONG),
+    Bug("the mirror image", MOMENT, "return at(batch, column, row);", "return 0;", WRONG),
+    Bug(
+        "a part of another tile",
+        MOMENT,
+        "schedule.part(block_id(), tile)",
+        "schedule.part(block_id(), 0)",
+        WRONG,
+    ),
+    Bug("a row of the output too many", APPLY, "row >= p.rows", "row > p.rows", OUTSIDE),
+    Bug(
+        "a column of the output too many",
+        APPLY,
+        "column >= p.columns",
+        "false",
+        f"{OUTSIDE}|{WRONG}",
+    ),
+    Bug("the second term is left out", APPLY, "t < p.term_count", "t < 1", WRONG),
+    Bug("the factor in memory is left out", APPLY, "p.scale * *p.factor", "p.scale", WRONG),
+    Bug("another matrix of the batch", APPLY, "block_id() / column_tiles / row_tiles", "0", WRONG),
+    Bug(
+        "what is subtracted is not centred",
+        APPLY,
+        "value - operand.mean_high[column] - operand.mean_low[column]",
+        "value",
+        WRONG,
+    ),
+]
+
+
+@pytest.fixture(scope="module")
+def program(tmp_path_factory) -> Path:
+    sources = copy_of_kernels(tmp_path_factory.mktemp("planted"), BUGS)
+    return build(sources, "planted_bugs_centred_product.cpp")
+
+
+@pytest.fixture(scope="module")
+def outcomes(program, started):
+    return started("bug", lambda bug: run(program, BUGS.index(bug) + 1))
+
+
+def test_without_a_bug_all_passes(program):
+    status, output = run(program, 0)
+    assert status == 0, output
+
+
+@pytest.mark.parametrize("bug", BUGS, ids=lambda bug: bug.name)
+def test_is_caught(bug, outcomes):
+    status, output = outcomes[bug].result()
+    assert status != 0, "nothing noticed"
+    assert re.search(bug.caught, output), output
