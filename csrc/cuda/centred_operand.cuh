@@ -16,7 +16,8 @@ struct CentredOperand {
   Matrix values;
   int64_t batch_stride;  // in elements, from matrix to matrix
   int64_t rows, columns;
-  const float *mean_high, *mean_low;  // of each column, their sum; null: not centred
+  // Of each column, their sum; high null: not centred, low null: high is all.
+  const float *mean_high, *mean_low;
   int64_t mean_batch_stride;
   const int* rank;  // of each column, for all matrices; below `least_rank` it is masked; null: none
   int least_rank;
@@ -100,7 +101,8 @@ struct StagedChunk {
       if (operand.rank) absent[e] = operand.rank[c + e] < operand.least_rank;
       if (operand.mean_high) {
         high.values[e] = operand.mean_high[batch * operand.mean_batch_stride + c + e];
-        low.values[e] = operand.mean_low[batch * operand.mean_batch_stride + c + e];
+        low.values[e] =
+            !operand.mean_low ? 0 : operand.mean_low[batch * operand.mean_batch_stride + c + e];
       }
     }
 #pragma unroll

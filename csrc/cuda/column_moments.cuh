@@ -31,7 +31,7 @@ struct alignas(16) MomentSums {
   }
 };
 
-struct MomentArguments {
+struct ColumnMomentArguments {
   Matrix values;
   int64_t rows, columns, slices, slice_rows;
   bool along_rows;    // a warp reads: the values that lie next to each other
@@ -50,7 +50,7 @@ struct MomentPlace {
   }
 };
 
-__device__ __forceinline__ MomentSums sum_of_slot(const MomentArguments& p, int64_t column,
+__device__ __forceinline__ MomentSums sum_of_slot(const ColumnMomentArguments& p, int64_t column,
                                                   int64_t slot_row, int64_t end) {
   constexpr int kAtOnce = 8;  // whose loads are under way together
   const double first = load(p.values, 0, column);
@@ -72,7 +72,7 @@ __device__ __forceinline__ MomentSums sum_of_slot(const MomentArguments& p, int6
   return sums;
 }
 
-__device__ __forceinline__ void write_moments(const MomentArguments& p, int64_t column,
+__device__ __forceinline__ void write_moments(const ColumnMomentArguments& p, int64_t column,
                                               const MomentSums& sums) {
   const double count = double(p.rows);
   const double mean = load(p.values, 0, column) + sums.values / count;
@@ -86,7 +86,7 @@ __device__ __forceinline__ void write_moments(const MomentArguments& p, int64_t 
 
 // Calls use(column, sums) once for each column of the block, with the sums of its slots.
 template <typename Use>
-__device__ __forceinline__ void add_slots(const MomentArguments& p, const MomentPlace& place,
+__device__ __forceinline__ void add_slots(const ColumnMomentArguments& p, const MomentPlace& place,
                                           const MomentSums& sums, Use use) {
   auto* slots = reinterpret_cast<MomentSums*>(shared_memory());  // [slot][column]
   shared_store(slots + place.slot * kMomentColumns + place.column, sums);
@@ -101,7 +101,8 @@ __device__ __forceinline__ void add_slots(const MomentArguments& p, const Moment
 }
 
 // A block sums a slice of the rows.
-static __global__ void __launch_bounds__(kMomentThreads) column_moments_kernel(MomentArguments p) {
+static __global__ void __launch_bounds__(kMomentThreads)
+    column_moments_kernel(ColumnMomentArguments p) {
   const auto place = MomentPlace::of(p.along_rows);
   const int64_t column = int64_t(blockIdx.x) * kMomentColumns + place.column;
   const int64_t first = blockIdx.y * p.slice_rows;
@@ -119,7 +120,7 @@ static __global__ void __launch_bounds__(kMomentThreads) column_moments_kernel(M
 
 // Adds up the slices.
 static __global__ void __launch_bounds__(kMomentThreads)
-    column_moments_combine_kernel(MomentArguments p) {
+    column_moments_combine_kernel(ColumnMomentArguments p) {
   const auto place = MomentPlace::of(false);
   const int64_t column = int64_t(blockIdx.x) * kMomentColumns + place.column;
   MomentSums sums{0, 0};
@@ -153,7 +154,7 @@ inline int64_t column_moments_bytes(int64_t rows, int64_t columns, int multiproc
 // bytes as said above, is aligned to 16. NaN and infinity stay in their column.
 inline void column_moments(const Matrix& values, int64_t rows, int64_t columns, const Moments& out,
                            void* workspace, int multiprocessors, Stream stream) {
-  MomentArguments a{};
+  ColumnMomentArguments a{};
   a.values = values;
   a.rows = rows;
   a.columns = columns;
