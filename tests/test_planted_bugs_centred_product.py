@@ -64,7 +64,7 @@ BUGS = [
         WRONG,
     ),
     # Loads.
-    Bug("a row too many", OPERAND, "first_row + row(i) < operand.rows", "true", OUTSIDE),
+    Bug("a row too many", OPERAND, "r + i * kRowsAtOnce < operand.rows", "true", OUTSIDE),
     Bug(
         "four columns where fewer are left",
         OPERAND,
@@ -104,8 +104,8 @@ BUGS = [
     Bug(
         "odd columns of 16-bit elements",
         OPERAND,
-        "bits[i][e / 2] >> (e % 2 * 16)",
-        "bits[i][e / 2]",
+        "bits[e / 2] >> (e % 2 * 16)",
+        "bits[e / 2]",
         WRONG,
     ),
     Bug("rows below the first", OPERAND, "place += kRowsAtOnce * m.row_stride;", "", WRONG),
@@ -113,8 +113,8 @@ BUGS = [
     Bug(
         "the mean's low part is left out",
         OPERAND,
-        "value - high.values[e] - low.values[e]",
-        "value - high.values[e]",
+        "four.values[e] - high.values[e] - low.values[e]",
+        "four.values[e] - high.values[e]",
         WRONG,
     ),
     Bug(
@@ -162,6 +162,14 @@ BUGS = [
         "schedule.part(block_id(), 0)",
         WRONG,
     ),
+    Bug(
+        "no barrier after the last product",
+        APPLY,
+        "block_barrier();  // nobody multiplies any more",
+        "",
+        RACE,
+    ),
+    Bug("no barrier after the sums", APPLY, "block_barrier();  // all sums are there", "", RACE),
     Bug("a row of the output too many", APPLY, "row >= p.rows", "row > p.rows", OUTSIDE),
     Bug(
         "a column of the output too many",

@@ -37,6 +37,36 @@ __device__ __forceinline__ float centred_element(const CentredOperand& operand, 
   return operand.mean_high ? value - operand.mean_high[column] - operand.mean_low[column] : value;
 }
 
+// Writes a tile. It goes through shared memory, so that neighbours in memory are written together.
+template <typename S>
+__device__ __forceinline__ void write_tile(const ApplyArguments& p, const ProductSums<S>& sums,
+                                           int64_t batch, int64_t first_row, int64_t first_column) {
+  // What lanes of a warp write together, four rows of eight columns, is in different banks.
+  auto place = [](int row, int column) {
+    return reinterpret_cast<float*>(shared_memory()) + row * S::kSide + (column ^ row % 4 * 8);
+  };
+  block_barrier();  // nobody multiplies any more
+  for_each_value<S::kLeftTiles, S::kRightTiles>([&](int m, int n, int i, int) {
+    const auto at = PlaceInTile<S>::of(m, n, i);
+    shared_store(place(at.row, at.column), sums[m][n][i]);
+  });
+  block_barrier();  // all sums are there
+  const float scale = p.factor ? p.scale * *p.factor : p.scale;
+  const int column_in_tile = thread_id() % S::kSide;
+  const int64_t column = first_column + column_in_tile;
+  if (column >= p.columns) return;
+  const float feature_factor = p.feature_factor ? p.feature_factor[column] : 0;
+#pragma unroll 4
+  for (int i = thread_id() / S::kSide; i < S::kSide; i += S::kThreads / S::kSide) {
+    const int64_t row = first_row + i;
+    if (row >= p.rows) return;
+    float value = shared_load(place(i, column_in_tile));
+    if (p.feature_factor) value -= feature_factor * centred_element(p.features, row, column);
+    store(p.out.data, p.out.storage, batch * p.out.batch_stride + row * p.out.row_stride + column,
+          value * scale);
+  }
+}
+
 template <typename S, MapLayout kRight>
 __global__ void __launch_bounds__(S::kThreads, S::kBlocksPerMultiprocessor)
     centred_apply_kernel(ApplyArguments p) {
@@ -52,18 +82,7 @@ __global__ void __launch_bounds__(S::kThreads, S::kBlocksPerMultiprocessor)
     product.add(sums, p.terms[t], batch, first_row, first_column, 0,
                 int(product_chunks(p.terms[t].depth)));
   }
-  const float scale = p.factor ? p.scale * *p.factor : p.scale;
-  for_each_value<S::kLeftTiles, S::kRightTiles>([&](int m, int n, int i, int) {
-    const auto at = PlaceInTile<S>::of(m, n, i);
-    const int64_t row = first_row + at.row, column = first_column + at.column;
-    if (row >= p.rows || column >= p.columns) return;
-    float value = sums[m][n][i];
-    if (p.feature_factor) {
-      value -= p.feature_factor[column] * centred_element(p.features, row, column);
-    }
-    store(p.out.data, p.out.storage, batch * p.out.batch_stride + row * p.out.row_stride + column,
-          value * scale);
-  });
+  write_tile<S>(p, sums, batch, first_row, first_column);
 }
 
 // The right operands have the depth along their rows (kRowsAreLines) or rows as depth; the left

@@ -59,11 +59,14 @@ struct StagedChunk {
   uint32_t bits[kFours][4];  // of 16-bit elements two in a word
   int64_t first_row, first_column;
 
-  // The place of this thread in the chunk: rows row(0), row(1), ..., four columns from column() on.
-  __device__ __forceinline__ static int row(int i) {
-    return thread_id() / T::kRowChunks + i * kRowsAtOnce;
+  // What a thread holds: of every kRowsAtOnce-th row four columns.
+  struct Share {
+    int row, column;
+  };
+  __device__ __forceinline__ static Share share() {
+    const int thread = thread_id();
+    return {thread / T::kRowChunks, thread % T::kRowChunks * 4};
   }
-  __device__ __forceinline__ static int column() { return thread_id() % T::kRowChunks * 4; }
 
   // Starts to load matrix `batch` from a line and a depth on.
   __device__ __forceinline__ void load(const CentredOperand& operand, int64_t batch,
@@ -71,13 +74,12 @@ struct StagedChunk {
     first_row = kLayout == kRowsAreLines ? first_line : first_depth;
     first_column = kLayout == kRowsAreLines ? first_depth : first_line;
     const Matrix& m = operand.values;
-    const int64_t c = first_column + column();
+    const int64_t r = first_row + share().row, c = first_column + share().column;
     const bool together = operand.in_fours() && c + 4 <= operand.columns;
-    int64_t place =
-        batch * operand.batch_stride + (first_row + row(0)) * m.row_stride + c * m.column_stride;
+    int64_t place = batch * operand.batch_stride + r * m.row_stride + c * m.column_stride;
 #pragma unroll
     for (int i = 0; i < kFours; ++i) {
-      if (first_row + row(i) < operand.rows) {
+      if (r + i * kRowsAtOnce < operand.rows) {
         if (together) {
           load_four(m, place, bits[i]);
         } else {
@@ -91,7 +93,8 @@ struct StagedChunk {
   // Stores what has been loaded at an offset of the shared memory.
   __device__ __forceinline__ void store(const CentredOperand& operand, int64_t batch,
                                         int offset) const {
-    const int64_t c = first_column + column();
+    const auto [row, column] = share();
+    const int64_t c = first_column + column;
     FourFloats high{}, low{};
     bool absent[4];
 #pragma unroll
@@ -107,15 +110,15 @@ struct StagedChunk {
     }
 #pragma unroll
     for (int i = 0; i < kFours; ++i) {
-      const int64_t r = first_row + row(i);
-      FourFloats four;
+      const int64_t r = first_row + row + i * kRowsAtOnce;
+      FourFloats four = widened(bits[i], operand.values.storage);
 #pragma unroll
       for (int e = 0; e < 4; ++e) {
         const bool zero = absent[e] || r >= operand.rows || (operand.zero_diagonal && r == c + e);
-        const float value = element(operand.values.storage, i, e);
-        four.values[e] = zero ? 0 : value - high.values[e] - low.values[e];
+        const float centred = four.values[e] - high.values[e] - low.values[e];
+        four.values[e] = zero ? 0 : centred;
       }
-      unsigned char* to = shared_memory() + T{offset}.place(row(i), column() / 4);
+      unsigned char* to = shared_memory() + T{offset}.place(row + i * kRowsAtOnce, column / 4);
       shared_store(reinterpret_cast<FourFloats*>(to), four);
     }
   }
@@ -147,9 +150,19 @@ struct StagedChunk {
     to[2] = each[2];
     to[3] = each[3];
   }
-  __device__ __forceinline__ float element(Storage storage, int i, int e) const {
-    if (storage == Storage::kFloat32) return float_of(bits[i][e]);
-    return value_of(bits[i][e / 2] >> (e % 2 * 16), storage);
+  static __device__ __forceinline__ FourFloats widened(const uint32_t (&bits)[4], Storage storage) {
+    auto as = [&](Storage known) {  // to the compiler: so that it asks once for all four
+      FourFloats four;
+#pragma unroll
+      for (int e = 0; e < 4; ++e) {
+        const bool wide = known == Storage::kFloat32;
+        four.values[e] = value_of(wide ? bits[e] : bits[e / 2] >> (e % 2 * 16), known);
+      }
+      return four;
+    };
+    if (storage == Storage::kFloat32) return as(Storage::kFloat32);
+    if (storage == Storage::kBFloat16) return as(Storage::kBFloat16);
+    return as(Storage::kFloat16);
   }
 };
 
