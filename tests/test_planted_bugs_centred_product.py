@@ -184,8 +184,8 @@ BUGS = [
     Bug(
         "what is subtracted is not centred",
         APPLY,
-        "value - operand.mean_high[column] - operand.mean_low[column]",
-        "value",
+        "load(operand.values, row, column) - high - low",
+        "load(operand.values, row, column)",
         WRONG,
     ),
 ]

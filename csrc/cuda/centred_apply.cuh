@@ -33,8 +33,9 @@ struct ApplyArguments {
 // An element of matrix 0, centred.
 __device__ __forceinline__ float centred_element(const CentredOperand& operand, int64_t row,
                                                  int64_t column) {
-  const float value = load(operand.values, row, column);
-  return operand.mean_high ? value - operand.mean_high[column] - operand.mean_low[column] : value;
+  const float high = operand.mean_high ? operand.mean_high[column] : 0;
+  const float low = operand.mean_low ? operand.mean_low[column] : 0;
+  return load(operand.values, row, column) - high - low;
 }
 
 // Writes a tile. It goes through shared memory, so that neighbours in memory are written together.
@@ -107,5 +108,16 @@ void centred_apply(const char* name, const ApplyArguments& p, int multiprocessor
     run.template operator()<ProductSizes<Kind, false>>();
   }
 }
+
+#if defined(__CUDACC__)  // for all operators in centred_product.cu
+extern template void centred_apply<Tf32, kRowsAreLines>(const char*, const ApplyArguments&, int,
+                                                        Stream);
+extern template void centred_apply<Tf32, kRowsAreDepth>(const char*, const ApplyArguments&, int,
+                                                        Stream);
+extern template void centred_apply<Tf32x3, kRowsAreLines>(const char*, const ApplyArguments&, int,
+                                                          Stream);
+extern template void centred_apply<Tf32x3, kRowsAreDepth>(const char*, const ApplyArguments&, int,
+                                                          Stream);
+#endif
 
 }  // namespace medmoco

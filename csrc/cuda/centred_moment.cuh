@@ -138,4 +138,15 @@ void centred_moment(const char* name, const MomentPlan& plan, const Term& term, 
   }
 }
 
+#if defined(__CUDACC__)  // for all operators in centred_product.cu
+extern template void centred_moment<Tf32, kRowsAreLines>(const char*, const MomentPlan&,
+                                                         const Term&, Stream);
+extern template void centred_moment<Tf32, kRowsAreDepth>(const char*, const MomentPlan&,
+                                                         const Term&, Stream);
+extern template void centred_moment<Tf32x3, kRowsAreLines>(const char*, const MomentPlan&,
+                                                           const Term&, Stream);
+extern template void centred_moment<Tf32x3, kRowsAreDepth>(const char*, const MomentPlan&,
+                                                           const Term&, Stream);
+#endif
+
 }  // namespace medmoco
