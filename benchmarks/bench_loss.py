@@ -22,6 +22,7 @@ from tqdm import tqdm
 
 from cases import OPERATIONS
 from contest import Case, run_case
+from flags import check_files, chosen_device
 from operation import Operation, Size
 from reporting import (
     LEGEND,
@@ -130,7 +131,7 @@ def parse_flags(argv: Sequence[str] | None) -> tuple[argparse.Namespace, list[Ca
     """Flags and the cases they ask for. Exits with status 2 if they make no sense."""
     parser = _parser()
     flags = parser.parse_args(argv)
-    flags.device = _device(parser, flags.device)
+    flags.device = chosen_device(parser, flags.device)
     if flags.threads is not None and flags.threads < 1:
         parser.error(f"--threads: expected at least 1, got {flags.threads}")
     if flags.sizes and len(flags.op) != 1:
@@ -139,30 +140,13 @@ def parse_flags(argv: Sequence[str] | None) -> tuple[argparse.Namespace, list[Ca
         parser.error(f"--graph: expected --device cuda, got {flags.device}")
     if flags.plot is not None and len(flags.dtype) != 1:
         parser.error(f"--plot: expected a single --dtype, got {' '.join(flags.dtype)}")
-    for flag in ("csv", "json", "plot"):
-        path = getattr(flags, flag)
-        if path is not None and (path.is_dir() or not path.absolute().parent.is_dir()):
-            parser.error(f"--{flag}: expected a file in an existing folder, got {path}")
+    check_files(parser, csv=flags.csv, json=flags.json, plot=flags.plot)
     if flags.plot is not None and flags.plot.suffix != ".png":
         parser.error(f"--plot: expected a name that ends in .png, got {flags.plot}")
     try:
         return flags, list(_cases(flags))
     except ValueError as error:
         parser.error(f"--sizes: {error}")
-
-
-def _device(parser: argparse.ArgumentParser, name: str | None) -> torch.device:
-    if name is None:
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        parser.error(f"--device: expected cpu or cuda, got {name}")
-    if device.type not in ("cpu", "cuda"):
-        parser.error(f"--device: expected cpu or cuda, got {name}")
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        parser.error(f"--device: torch sees no {device}")
-    return device
 
 
 def _cases(flags: argparse.Namespace) -> Iterator[Case]:

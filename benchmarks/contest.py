@@ -15,10 +15,10 @@ from torch import Tensor
 
 from baselines import Peer
 from gpu import captured
-from harness import Rates, Work, Yardsticks, extra_memory, time_interleaved
+from harness import Rates, Work, Yardsticks, extra_memory, quantiles, time_interleaved
 from medmoco.ops.dispatch import has_kernel
 from operation import PEER_ALLOWED, Errors, Inputs, Operation, Outcome, Size, run_pass
-from reporting import OURS, Row
+from reporting import OURS, Row, error_text
 
 MIB = 2**20
 NO_KERNEL = "PyTorch; kernels that no GPU has run yet need MEDMOCO_UNVERIFIED=1"
@@ -112,16 +112,9 @@ def _enter(contest: Contest, name: str, function: Callable[..., object]) -> None
             row = contest.rows[name]
             row.status = "FAILED" if must else "n/a"
             first = error.__context__ or error  # that the capture failed is said after why
-            row.note = f"cannot be captured: {_summary(first)}"
+            row.note = f"cannot be captured: {error_text(first)}"
             return
     contest.calls[name] = calls
-
-
-def _summary(error: BaseException) -> str:
-    if isinstance(error, torch.OutOfMemoryError):
-        return "out of memory"
-    lines = str(error).strip().splitlines() or [""]
-    return f"{type(error).__name__}: {lines[0][:120]}"
 
 
 def _contestants(case: Case, *, quick: bool) -> list[Peer]:
@@ -155,7 +148,7 @@ def _check(contest: Contest) -> None:
             errors = errors_of(outcome)
         except Exception as error:  # whatever a peer raises where it does not apply
             row.status = "FAILED" if name == OURS else "error"
-            row.note = _summary(error)
+            row.note = error_text(error)
             continue
         if name == "eager":
             eager = errors
@@ -187,7 +180,7 @@ def _measure_memory(contest: Contest) -> None:
         try:
             memory = extra_memory(partial(contest.returned, name), contest.case.device)
         except torch.OutOfMemoryError as error:
-            row.status, row.note = "error", _summary(error)
+            row.status, row.note = "error", error_text(error)
         else:
             row.peak_mib = None if memory is None else memory / MIB
 
@@ -201,7 +194,7 @@ def _time(contest: Contest, yardsticks: Yardsticks, *, seconds: float) -> None:
             times = time_interleaved(calls | yardsticks.calls, case.device, seconds)
         except torch.OutOfMemoryError as error:  # the one that needs most has to go
             row = max((contest.rows[name] for name in names), key=lambda row: row.peak_mib or 0)
-            row.status, row.note = "error", _summary(error)
+            row.status, row.note = "error", error_text(error)
     if not times:
         return
     rates = yardsticks.rates(times)
@@ -215,11 +208,7 @@ def _time(contest: Contest, yardsticks: Yardsticks, *, seconds: float) -> None:
 
 
 def _fill(row: Row, times: Sequence[float], case: Case, rates: Rates, moved: int) -> None:
-    p20, median, p80 = (
-        torch.tensor(times, dtype=torch.float64)
-        .quantile(torch.tensor([0.2, 0.5, 0.8], dtype=torch.float64))
-        .tolist()
-    )
+    p20, median, p80 = quantiles(times)
     flop = case.operation.flop(case.size, backward=case.backward)
     work = Work(flop, moved, case.operation.exponentials(case.size))
     floors = rates.floors(work)

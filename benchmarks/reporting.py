@@ -9,11 +9,11 @@ import platform
 import shlex
 import sys
 import textwrap
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -21,6 +21,9 @@ import medmoco
 from gpu import ask_driver, clock_mhz, first_line
 from medmoco._C import build_info
 from medmoco.output import write_json, write_text
+
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
 
 ROOT = Path(__file__).resolve().parents[1]
 OURS = "medmoco"
@@ -63,9 +66,6 @@ class Row:
     exponential_floor_ms: float | None = None  # on CUDA, where their unit may be what is slowest
     product_gflop_per_s: float | None = None  # the rates that the floor is reckoned from
     copy_gbyte_per_s: float | None = None
-
-
-COLUMNS = tuple(field.name for field in dataclasses.fields(Row))
 
 
 def case_text(rows: Sequence[Row]) -> str:
@@ -121,18 +121,31 @@ def number(value: float | None, form: str | None = None) -> str:
     return format(value, form or f".{min(6, max(0, digits))}f")
 
 
-def csv_text(environment: dict[str, Any], rows: Iterable[Row]) -> str:
+def error_text(error: BaseException) -> str:
+    """Why a contestant could not run, in a line."""
+    if isinstance(error, torch.OutOfMemoryError):
+        return "out of memory"
+    lines = str(error).strip().splitlines() or [""]
+    return f"{type(error).__name__}: {lines[0][:120]}"
+
+
+def csv_text(environment: dict[str, Any], rows: Sequence["DataclassInstance"]) -> str:
     """A line a row. What holds for all rows is repeated in each, so that files can be joined."""
     text = io.StringIO()
-    writer = csv.DictWriter(text, [*COLUMNS, *environment], lineterminator="\n")
+    columns = [field.name for field in dataclasses.fields(rows[0])]
+    writer = csv.DictWriter(text, [*columns, *environment], lineterminator="\n")
     writer.writeheader()
     writer.writerows(dataclasses.asdict(row) | environment for row in rows)
     return text.getvalue()
 
 
 def write_results(
-    environment: dict[str, Any], rows: Sequence[Row], csv_file: Path | None, json_file: Path | None
+    environment: dict[str, Any],
+    rows: Sequence["DataclassInstance"],
+    csv_file: Path | None,
+    json_file: Path | None,
 ) -> None:
+    """Writes rows, at least one and all of a kind, where files are given."""
     if csv_file is not None:
         write_text(csv_file, csv_text(environment, rows))
     if json_file is not None:

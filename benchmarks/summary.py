@@ -32,7 +32,7 @@ def summary_text(rows: Sequence[Row]) -> str:
             ]
         )
     notes = dict.fromkeys(row.note for row in rows if row.contestant == OURS and row.note)
-    return "\n".join([_aligned(lines), *(f"{OURS}: {note}" for note in notes)])
+    return "\n".join([aligned(lines), *(f"{OURS}: {note}" for note in notes)])
 
 
 def family(row: Row) -> str:
@@ -51,7 +51,7 @@ def times_medmoco(peers: Sequence[Row]) -> str:
     return "n/a"
 
 
-def _aligned(lines: Sequence[Sequence[str]]) -> str:
+def aligned(lines: Sequence[Sequence[str]]) -> str:
     """Columns two spaces apart, the first to the left, the others to the right."""
     first, *others = [max(map(len, column)) for column in zip(*lines, strict=True)]
     return "\n".join(

@@ -24,7 +24,7 @@ from medmoco.diagnostics import collapse_warnings, diagnose
 from medmoco.methods import build_model
 from medmoco.metrics_log import MetricsLog, StepClock
 from medmoco.models.encoder import save_encoder
-from medmoco.models.moco import recalibrate_batchnorm
+from medmoco.models.moco import recalibrate_batchnorm, train_step
 from medmoco.signals import Stopped, StopRequest
 
 if TYPE_CHECKING:
@@ -144,15 +144,10 @@ class Pretraining:
         lr = 0.5 * self.config.lr * (1 + math.cos(math.pi * self.step / self.total_steps))
         for group in self.optimizer.param_groups:
             group["lr"] = lr
-        self.model.update_key()
-        query_view, key_view = self._views(batch)
-        ids = self._ids(batch["index"])
-        with self._autocast():
-            losses, key = self.model(query_view, key_view, ids, self.generator)
-        self.optimizer.zero_grad(set_to_none=True)
-        losses.total.backward()
-        self.optimizer.step()
-        self.model.enqueue(key, ids, self.generator)
+        views, ids = self._views(batch), self._ids(batch["index"])
+        losses = train_step(
+            self.model, self.optimizer, views, ids, self.generator, self._autocast()
+        )
         self.step += 1
         record = {
             "stage": "pretrain",

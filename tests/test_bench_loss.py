@@ -1,6 +1,7 @@
 """The benchmark of the operators: what it checks, measures and writes."""
 
 import csv
+import dataclasses
 import json
 import os
 import re
@@ -20,7 +21,7 @@ from cases import OPERATIONS
 from contest import Case, run_case
 from medmoco import ops
 from medmoco._C import build_info
-from reporting import COLUMNS
+from reporting import Row
 
 ROOT = Path(__file__).resolve().parents[1]
 SCHEMAS = re.findall(r'"(\w+)\(Tensor', (ROOT / "csrc/medmoco.cpp").read_text())
@@ -133,7 +134,7 @@ def test_csv_holds_the_same_rows_with_the_environment(quick, rows):
     with (quick[0] / "quick.csv").open(newline="") as file:
         lines = list(csv.DictReader(file))
     assert len(lines) == len(rows)
-    assert list(rows[0]) == list(COLUMNS)
+    assert list(rows[0]) == [field.name for field in dataclasses.fields(Row)]
     for line, row in zip(lines, rows, strict=True):
         assert line["contestant"] == row["contestant"]
         assert line["torch"] == torch.__version__

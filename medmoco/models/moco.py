@@ -6,6 +6,7 @@
 
 import copy
 from collections.abc import Iterable
+from contextlib import AbstractContextManager
 from typing import Any, NamedTuple
 
 import torch
@@ -183,6 +184,34 @@ class MoCo(nn.Module):
         features = pooled.float()
         deviation = features.var(0, keepdim=True).add(1e-5).sqrt()
         return covariance_loss((features - features.mean(0)) / deviation)
+
+
+def train_step(
+    model: MoCo,
+    optimizer: torch.optim.Optimizer,
+    views: tuple[View, View],
+    ids: Tensor,
+    generator: torch.Generator,
+    autocast: AbstractContextManager[object],
+) -> Losses:
+    """One step on a batch: the key branch follows, the query branch learns, the queues move on.
+
+    Args:
+        model: in training mode.
+        optimizer: of the query branch.
+        views: what the query and the key branch see, (batch, 1, size, size).
+        ids: (batch,) int64; keys with the query's id are not its negatives. -1 matches none.
+        generator: draws the shuffling and the cells that are stored.
+        autocast: around what is computed forward.
+    """
+    model.update_key()
+    with autocast:
+        losses, key = model(*views, ids, generator)
+    optimizer.zero_grad(set_to_none=True)
+    losses.total.backward()
+    optimizer.step()
+    model.enqueue(key, ids, generator)
+    return losses
 
 
 @torch.no_grad()
