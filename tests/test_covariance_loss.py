@@ -4,6 +4,7 @@ import resource
 import pytest
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from medmoco.ops import covariance_loss
 from medmoco.ops.covariance_loss import covariance_loss_reference
@@ -36,6 +37,11 @@ def drawn(*shape: int, dtype=torch.float32, device="cpu") -> Tensor:
     """Standard normal, alike for every dtype and device."""
     generator = torch.Generator().manual_seed(sum(shape))
     return torch.randn(shape, generator=generator, dtype=torch.float64).to(device, dtype)
+
+
+def skip_without_kernel(features: Tensor) -> None:
+    if not module._kernel_takes(features):
+        pytest.skip(f"on {features.device} PyTorch computes {features.dtype}, for want of a kernel")
 
 
 def with_gradient(function, features: Tensor) -> tuple[Tensor, Tensor]:
@@ -165,6 +171,7 @@ def test_gradcheck(shape):
 @pytest.mark.parametrize("shape", [(300, 100), (100, 300)], ids=["covariance", "gram"])
 def test_any_strides_give_the_same_bits(shape, dtype, device):
     features = drawn(*shape, dtype=dtype, device=device)
+    skip_without_kernel(features)
     expected = with_gradient(covariance_loss, features)
     transposed = features.T.contiguous().T
     stepped = torch.cat([features, features], 1).repeat_interleave(2, 0)[::2, : shape[1]]
@@ -207,6 +214,83 @@ def test_memory_grows_by_no_copy_of_the_features(shape):
     after = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     assert after - before < 16 * 1024  # KiB: the peak was before
     assert gradient.isfinite().all()
+
+
+@pytest.mark.parametrize("device", ["cuda"], indirect=True)
+@pytest.mark.parametrize(
+    "shape, dtype, mebibytes",
+    [
+        ((256, 2048), torch.float32, 8),
+        ((256, 8192), torch.float32, 32),
+        ((12544, 2048), torch.bfloat16, 64),
+    ],
+    ids=str,
+)
+def test_memory_of_the_gpu_holds_little_besides_the_smaller_matrix(shape, dtype, mebibytes, device):
+    features = drawn(*shape, dtype=dtype, device=device)
+    skip_without_kernel(features)
+    with_gradient(covariance_loss, features)
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    _, gradient = with_gradient(covariance_loss, features)
+    grown = torch.cuda.max_memory_allocated() - before - gradient.nbytes
+    assert grown <= mebibytes * 2**20
+
+
+@pytest.mark.parametrize("device", ["cuda"], indirect=True)
+@BOTH_FORMS
+def test_a_cuda_graph_gives_the_same_bits(shape, device):
+    features = drawn(*shape, device=device)
+    skip_without_kernel(features)
+    other = features * 2 - 1
+
+    def run(features: Tensor) -> tuple[Tensor, Tensor]:
+        loss, mean, matrix = raw(features)
+        return loss, raw_backward(loss, features, mean, matrix)
+
+    expected = run(other)
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        run(features)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, stream=stream):  # an operator that waits for the GPU cannot be
+        found = run(features)
+    features.copy_(other)
+    graph.replay()
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+
+
+@pytest.mark.parametrize("device", ["cuda"], indirect=True)
+@pytest.mark.parametrize("shape", [(1000, 60), (60, 1000)], ids=["covariance", "gram"])
+def test_tf32_costs_digits_only_where_it_is_allowed(shape, device):
+    features = drawn(*shape, device=device)
+    skip_without_kernel(features)
+    truth = covariance_loss_reference(features.double())
+    assert worst(raw(features, False)[0], truth) <= 3e-6
+    assert 1e-7 < worst(raw(features, True)[2], raw(features, False)[2].double()) <= 2e-3
+
+
+@pytest.mark.parametrize("device", ["cuda"], indirect=True)
+def test_the_kernel_on_cuda_refuses_float64(device):
+    features = drawn(4, 3, device=device)
+    skip_without_kernel(features)
+    loss, mean, matrix = raw(features)
+    expected = "features must be float32, bfloat16 or float16 on CUDA, got float64"
+    with pytest.raises(RuntimeError, match=f"covariance_loss: {expected}"):
+        raw(features.double())
+    with pytest.raises(RuntimeError, match=f"covariance_loss_backward: {expected}"):
+        raw_backward(loss.double(), features.double(), mean, matrix.double())
+
+
+def test_float64_on_cuda_runs_in_pytorch(monkeypatch):
+    monkeypatch.setattr(module, "has_kernel", lambda *_: True)
+    called = []
+    monkeypatch.setattr(module, "covariance_loss_reference", lambda x: called.append(x.dtype))
+    with FakeTensorMode():
+        for dtype in (torch.float32, torch.float64):
+            covariance_loss(torch.empty(4, 3, dtype=dtype, device="cuda"))
+    assert called == [torch.float64]
 
 
 @pytest.mark.parametrize("shape", [(3, 1), (5, 2), (2, 5), (9, 40)], ids=str)

@@ -30,7 +30,8 @@ def covariance_loss(features: Tensor) -> Tensor:
 
     Args:
         features: (samples, features), at least 2 samples. Computed in float32, also under
-            autocast (float64 for float64).
+            autocast (float64 for float64). On CUDA float64 runs in PyTorch; float32 keeps its
+            accuracy there unless torch.backends.cuda.matmul.fp32_precision is "tf32".
 
     Returns:
         The loss, a float32 scalar (float64 for float64).
@@ -42,7 +43,7 @@ def covariance_loss(features: Tensor) -> Tensor:
     [1] Bardes et al., "VICReg: Variance-Invariance-Covariance Regularization", 2022,
         arXiv:2105.04906.
     """
-    if has_kernel(OP, features.device):
+    if _kernel_takes(features):
         refuse_forward_mode(OP, features)
         loss, _, _ = torch.ops.medmoco.covariance_loss(
             features, features.is_cuda and tf32_allowed()
@@ -54,6 +55,11 @@ def covariance_loss(features: Tensor) -> Tensor:
         if samples + DIRECT_COLUMNS < dims:
             return _gram_form(features.to(wide_dtype(features)))
         return covariance_loss_reference(features)
+
+
+def _kernel_takes(features: Tensor) -> bool:
+    on_cuda_in_float64 = features.device.type == "cuda" and features.dtype == torch.float64
+    return has_kernel(OP, features.device) and not on_cuda_in_float64
 
 
 def covariance_loss_reference(features: Tensor) -> Tensor:
