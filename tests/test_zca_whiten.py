@@ -2,6 +2,7 @@ import importlib
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from medmoco.ops import zca_whiten
 from medmoco.ops.zca_whiten import zca_whiten_reference
@@ -138,6 +139,8 @@ def test_gradient_error_is_at_most_twice_that_of_eager(dtype, shape, compiled, d
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_any_strides_give_the_same_bits(dtype, device):
+    if device == "cuda" and dtype == torch.float64:
+        pytest.skip("float64 on CUDA runs in PyTorch, whose products may depend on strides")
     features = correlated(20, 8, dtype, device)
     expected = whitened_and_gradient(zca_whiten, features, 4, 1e-3)
     transposed = features.T.contiguous().T
@@ -265,6 +268,65 @@ def test_same_input_gives_same_bits_at_any_number_of_threads():
                     assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
         finally:
             torch.set_num_threads(threads)
+
+
+@pytest.mark.parametrize("device", ["cuda"], indirect=True)
+def test_tf32_keeps_three_digits_where_it_is_allowed(device):
+    features = correlated(500, 128, device=device)
+    exact = whitened_and_gradient(zca_whiten_reference, features.double(), 64, 0.1)
+    before = torch.backends.cuda.matmul.fp32_precision
+    try:
+        torch.backends.cuda.matmul.fp32_precision = "tf32"
+        found = whitened_and_gradient(zca_whiten, features, 64, 0.1)
+    finally:
+        torch.backends.cuda.matmul.fp32_precision = before
+    assert all(worst(ours, truth) < 5e-3 for ours, truth in zip(found, exact, strict=True))
+
+
+@pytest.mark.parametrize("device", ["cuda"], indirect=True)
+def test_a_cuda_graph_replays_the_same_bits(device):
+    features = correlated(256, 192, device=device)
+    expected = raw(features, 64, 1e-3)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        replayed = raw(features, 64, 1e-3)
+        grad = raw_backward(replayed[0], features, *replayed[1:])
+    graph.replay()
+    assert all(torch.equal(a, b) for a, b in zip(replayed, expected, strict=True))
+    assert torch.equal(grad, raw_backward(expected[0], features, *expected[1:]))
+
+
+@pytest.mark.parametrize("device", ["cuda"], indirect=True)
+def test_memory_on_the_gpu_is_that_of_the_results_and_little_more(device):
+    features = correlated(256, 2048, device=device)
+    whitened_and_gradient(zca_whiten, features, 64, 1e-3)
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    whitened_and_gradient(zca_whiten, features, 64, 1e-3)
+    assert torch.cuda.max_memory_allocated() - before < 32 * 2**20
+
+
+@pytest.mark.parametrize("device", ["cuda"], indirect=True)
+def test_the_kernels_refuse_float64_and_groups_beyond_128_on_cuda(device):
+    with pytest.raises(RuntimeError, match=r"^zca_whiten: features must be float32, bfloat16 or"):
+        raw(correlated(9, 6, torch.float64, device), 3, 1e-2)
+    with pytest.raises(RuntimeError, match=r"group_size must be at most 128 on CUDA, got 129$"):
+        raw(correlated(9, 129, device=device), 129, 1e-2)
+
+
+def test_float64_and_groups_beyond_128_run_in_pytorch_on_cuda(monkeypatch):
+    monkeypatch.setattr(module, "has_kernel", lambda *_: True)
+    called = []
+    in_pytorch = module._ZcaWhiten.apply
+    monkeypatch.setattr(
+        module._ZcaWhiten, "apply", lambda *a: called.append(a[1]) or in_pytorch(*a)
+    )
+    with FakeTensorMode():
+        for dtype, group_size in ((torch.float32, 128), (torch.float64, 2), (torch.float32, 129)):
+            features = torch.empty(4, 128 * 129, dtype=dtype, device="cuda")
+            whitened, _, matrix = zca_whiten(features, group_size, 1e-3)
+            assert whitened.dtype == dtype and matrix.shape[1] == group_size
+    assert called == [2, 129]
 
 
 @pytest.mark.parametrize("group_size", [4, 96])

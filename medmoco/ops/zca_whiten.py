@@ -20,6 +20,7 @@ from medmoco.ops.dispatch import (
 )
 
 OP = "zca_whiten"
+MOST_GROUP_SIZE_ON_CUDA = 128  # of the kernel; its eigensolver works in shared memory
 
 
 def zca_whiten(features: Tensor, group_size: int, eps: float) -> tuple[Tensor, Tensor, Tensor]:
@@ -34,7 +35,9 @@ def zca_whiten(features: Tensor, group_size: int, eps: float) -> tuple[Tensor, T
 
     Args:
         features: (samples, features), float32, float64, bfloat16 or float16. Computed in float32
-            (float64 for float64); autocast hands them over in float32.
+            (float64 for float64); autocast hands them over in float32. On CUDA the kernel takes
+            groups of up to 128 features and no float64; the rest runs in PyTorch. There float32
+            keeps its accuracy unless torch.backends.cuda.matmul.fp32_precision is "tf32".
         group_size: features whitened together; divides their number.
         eps: added to the eigenvalues, in units of variance; > 0.
 
@@ -49,7 +52,7 @@ def zca_whiten(features: Tensor, group_size: int, eps: float) -> tuple[Tensor, T
 
     [1] Huang et al., "Decorrelated Batch Normalization", 2018, arXiv:1804.08450.
     """
-    if has_kernel(OP, features.device):
+    if _kernel_takes(features, group_size):
         refuse_forward_mode(OP, features)
         whitened, mean, matrix, _, _ = torch.ops.medmoco.zca_whiten(
             features, group_size, eps, features.is_cuda and tf32_allowed()
@@ -62,6 +65,14 @@ def zca_whiten(features: Tensor, group_size: int, eps: float) -> tuple[Tensor, T
         wide = features.to(wide_dtype(features))
         whitened, mean, matrix, _, _ = _ZcaWhiten.apply(wide, group_size, eps)
     return whitened.to(features.dtype), mean, matrix
+
+
+def _kernel_takes(features: Tensor, group_size: int) -> bool:
+    if not has_kernel(OP, features.device):
+        return False
+    if features.device.type != "cuda":
+        return True
+    return group_size <= MOST_GROUP_SIZE_ON_CUDA and features.dtype != torch.float64
 
 
 def zca_whiten_reference(

@@ -9,8 +9,8 @@
 namespace medmoco::test {
 
 inline std::vector<WhitenCase> whiten_grid() {
-  const std::vector<int> samples = {1, 2, 31, 64, 65, 130, 200}, groups = {1, 2, 3, 5};
-  const std::vector<int> sizes = {1, 2, 3, 8, 13, 20}, multiprocessors = {1, 2, 7};
+  const std::vector<int> samples = {1, 2, 33, 64, 130}, groups = {1, 2, 3, 5};
+  const std::vector<int> sizes = {1, 3, 8, 13, 20}, multiprocessors = {1, 2, 7};
   std::vector<WhitenCase> cases;
   for (const auto& choice :
        pairwise_choices<7>({int(samples.size()), int(groups.size()), int(sizes.size()),
