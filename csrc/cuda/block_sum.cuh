@@ -14,7 +14,7 @@ constexpr int block_sum_bytes(int threads) {
 }
 
 // The sum of all threads' values, which thread 0 gets; kThreads of them call it. `values` lies in
-// shared memory, which nobody else uses meanwhile; it may be used again after the next barrier.
+// shared memory, which nobody else uses meanwhile; the next sum there may follow at once.
 template <int kThreads>
 __device__ __forceinline__ double block_sum(double value, double* values) {
   static_assert(kThreads % kSumGroup == 0);

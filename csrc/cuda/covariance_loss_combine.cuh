@@ -135,7 +135,6 @@ static __global__ void __launch_bounds__(kLossThreads)
     if (p.rank[c] >= kDirectColumns) rest -= variance * variance;
   }
   rest = block_sum<kLossThreads>(rest, shared);
-  block_barrier();  // that sum has been read
   direct = block_sum<kLossThreads>(direct, shared);
   if (threadIdx.x > 0) return;
   const double bounded = rest < 0 ? 0 : rest;  // by rounding; NaN stays
