@@ -103,14 +103,35 @@ from torch.utils.cpp_extension import BuildExtension, include_paths, library_pat
 
 
 class BuildOperators(BuildExtension):
-    """Adds what is known only once setuptools has read pyproject.toml."""
+    """Compiles again only what changed, and adds what pyproject.toml alone tells."""
+
+    def finalize_options(self) -> None:
+        super().finalize_options()
+        # For an editable install setuptools would take another folder for objects each time.
+        python = f"{self.plat_name}-{sys.implementation.cache_tag}"
+        self.build_temp = str(ROOT / "build" / f"objects-{python}-torch-{torch.__version__}")
 
     def build_extensions(self) -> None:
+        forget_stale_kernels(Path(self.build_temp))
         version = self.distribution.get_version()
         for extension in self.extensions:
             for flags in extension.extra_compile_args.values():
                 flags.append(f'-DMEDMOCO_VERSION="{version}"')
         super().build_extensions()
+
+
+def forget_stale_kernels(objects: Path) -> None:
+    """Deletes what was compiled of .cu files before any header of ours changed.
+
+    Ninja does that for .cpp files. What nvcc lists as read holds torch's headers, too, which an
+    isolated build finds in a folder that is gone the next time.
+    """
+    headers = [path for path in (ROOT / "csrc").rglob("*") if path.suffix in (".h", ".cuh", ".inl")]
+    changed = max(path.stat().st_mtime for path in headers)
+    for source in (ROOT / "csrc").rglob("*.cu"):
+        compiled = objects / source.relative_to(ROOT).with_suffix(".o")
+        if compiled.exists() and compiled.stat().st_mtime < changed:
+            compiled.unlink()
 
 
 def extension() -> Extension:
@@ -129,6 +150,12 @@ def extension() -> Extension:
     cxx += ["-Wno-psabi", "-Wno-unknown-pragmas"]
     nvcc = [*common, "-Xcompiler", "-fvisibility=hidden", "-Xcompiler", "-Wall", "-lineinfo"]
     nvcc += ["--threads=2"]  # the architectures side by side
+    # Not by -I: an isolated build finds these in another folder each time, and a command that
+    # differs would compile again.
+    os.environ["TORCH_EXTENSION_SKIP_NVCC_GEN_DEPENDENCIES"] = "1"
+    headers = [*include_paths("cuda" if cuda_home else "cpu"), pybind11.get_include()]
+    known = os.environ.get("CPLUS_INCLUDE_PATH")
+    os.environ["CPLUS_INCLUDE_PATH"] = os.pathsep.join([*headers, *([known] if known else [])])
     libraries = ["torch_cpu"]
     link = ["-Wl,--as-needed", "-Wl,--exclude-libs,ALL"] if platform.system() == "Linux" else []
     sources = glob.glob("csrc/*.cpp") + glob.glob("csrc/cpu/*.cpp")
@@ -145,7 +172,6 @@ def extension() -> Extension:
     return Extension(
         "medmoco._C",
         sorted(sources),
-        include_dirs=[*include_paths("cuda" if cuda_home else "cpu"), pybind11.get_include()],
         library_dirs=folders,
         libraries=libraries,
         extra_compile_args={"cxx": cxx, "nvcc": nvcc},

@@ -15,7 +15,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 COMPILER = shutil.which(os.environ.get("CXX", "c++"))
-FLAGS = ["-std=c++20", "-O1", "-g", "-w", "-fsanitize=address,undefined"]
+FLAGS = ["-std=c++20", "-O1", "-g1", "-w", "-fsanitize=address,undefined"]
 FLAGS += ["-fno-sanitize-recover=all"]
 
 # How a bug shows.
