@@ -250,6 +250,7 @@ def test_a_cuda_graph_gives_the_same_bits(shape, device):
 
     expected = run(other)
     stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
         run(features)
     torch.cuda.synchronize()
