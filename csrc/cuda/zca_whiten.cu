@@ -7,26 +7,11 @@
 #include <cstdint>
 #include <tuple>
 
-#include "../checks.h"
-#include "device.cuh"
+#include "features.cuh"
 #include "zca_whiten.cuh"
 
 namespace medmoco {
 namespace {
-
-using torch::stable::accelerator::DeviceGuard;
-
-Storage storage_of(const Tensor& tensor) {
-  switch (tensor.scalar_type()) {
-    case ScalarType::BFloat16: return Storage::kBFloat16;
-    case ScalarType::Half: return Storage::kFloat16;
-    default: return Storage::kFloat32;
-  }
-}
-
-Matrix matrix_of(const Tensor& tensor) {
-  return {tensor.const_data_ptr(), storage_of(tensor), tensor.stride(0), tensor.stride(1)};
-}
 
 float* data(Tensor& tensor) { return static_cast<float*>(tensor.mutable_data_ptr()); }
 const float* data(const Tensor& tensor) {
@@ -34,27 +19,10 @@ const float* data(const Tensor& tensor) {
 }
 
 void check_kernel_takes(const char* op, const Tensor& features, int64_t group_size) {
-  if (features.scalar_type() == ScalarType::Double) {
-    fail(op, ": features must be float32, bfloat16 or float16 on CUDA, got ", dtype_text(features));
-  }
+  refuse_float64(op, features);
   if (group_size > kLargestGroup) {
     fail(op, ": group_size must be at most ", kLargestGroup, " on CUDA, got ", group_size);
   }
-}
-
-// pass(multiprocessors, allocate, stream) on the device of `features`.
-template <typename Pass>
-void on_device_of(const Tensor& features, Pass pass) {
-  const int32_t device = features.get_device_index();
-  const DeviceGuard guard(device);
-  // Freed when this returns, though the kernels may still have to run: what is given this memory
-  // next on the same stream runs after them.
-  Tensor workspace;
-  auto allocate = [&](int64_t bytes) {
-    workspace = torch::stable::new_empty(features, {bytes}, ScalarType::Byte);
-    return workspace.mutable_data_ptr();
-  };
-  pass(multiprocessors(device), allocate, current_stream(device));
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> zca_whiten_cuda(Tensor features,
@@ -78,11 +46,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> zca_whiten_cuda(Tensor featur
                     data(matrix),
                     data(scale),
                     data(vectors)};
-  on_device_of(features, [&](int multiprocessors, auto& allocate, Stream stream) {
+  run_on_device_of(features, [&](auto... where) {
     if (allow_tf32) {
-      zca_whiten_forward<Tf32>(p, multiprocessors, allocate, stream);
+      zca_whiten_forward<Tf32>(p, where...);
     } else {
-      zca_whiten_forward<Tf32x3>(p, multiprocessors, allocate, stream);
+      zca_whiten_forward<Tf32x3>(p, where...);
     }
   });
   return {whitened, mean, matrix, scale, vectors};
@@ -90,15 +58,20 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> zca_whiten_cuda(Tensor featur
 
 Tensor zca_whiten_backward_cuda(Tensor grad_whitened, Tensor features, Tensor mean, Tensor matrix,
                                 Tensor scale, Tensor vectors, bool allow_tf32) {
+  const char* op = "zca_whiten_backward";
   check_zca_whiten_backward(grad_whitened, features, mean, matrix, scale, vectors);
-  const int64_t samples = features.size(0), count = features.size(1);
-  check_kernel_takes("zca_whiten_backward", features, matrix.size(1));
-  Tensor grad_features = torch::stable::new_empty(features, {samples, count});
-  on_device_of(features, [&](int multiprocessors, auto& allocate, Stream stream) {
+  check_kernel_takes(op, features, matrix.size(1));
+  check_beside_features(op, "grad_whitened", grad_whitened, features);
+  check_beside_features(op, "mean", mean, features);
+  check_beside_features(op, "matrix", matrix, features);
+  check_beside_features(op, "scale", scale, features);
+  check_beside_features(op, "vectors", vectors, features);
+  Tensor grad_features = torch::stable::new_empty(features, {features.size(0), features.size(1)});
+  run_on_device_of(features, [&](auto... where) {
     using torch::stable::contiguous;
     const Tensor means = contiguous(mean), matrices = contiguous(matrix);
     const Tensor scales = contiguous(scale), bases = contiguous(vectors);
-    const ZcaWhitenBackward p{{samples, matrix.size(0), int(matrix.size(1))},
+    const ZcaWhitenBackward p{{features.size(0), matrix.size(0), int(matrix.size(1))},
                               matrix_of(features),
                               matrix_of(grad_whitened),
                               data(means),
@@ -107,9 +80,9 @@ Tensor zca_whiten_backward_cuda(Tensor grad_whitened, Tensor features, Tensor me
                               data(bases),
                               grad_features.mutable_data_ptr()};
     if (allow_tf32) {
-      zca_whiten_backward<Tf32>(p, multiprocessors, allocate, stream);
+      zca_whiten_backward<Tf32>(p, where...);
     } else {
-      zca_whiten_backward<Tf32x3>(p, multiprocessors, allocate, stream);
+      zca_whiten_backward<Tf32x3>(p, where...);
     }
   });
   return grad_features;

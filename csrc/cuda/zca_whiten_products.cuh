@@ -6,7 +6,9 @@
 
 namespace medmoco {
 
-constexpr int kWhitenThreads = 512;  // of a block that works on the matrices of one group
+// Of a block that works on the matrices of one group. Its kernels say that one block at a time is
+// enough for a multiprocessor: for two the compiler would spill registers.
+constexpr int kWhitenThreads = 512;
 
 // use(i, j, sum over k of left(i, k) right(k, j)). A thread's elements lie 32 rows and 16 columns
 // apart, so that neighbouring threads read neighbouring columns.
