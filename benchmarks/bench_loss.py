@@ -172,10 +172,11 @@ def _sizes(operation: Operation, flags: argparse.Namespace) -> list[tuple[Size, 
         return [(parse_size(text, operation), passes) for text in flags.sizes]
     if flags.quick:
         return [(size, passes) for size in operation.quick_sizes]
-    large = operation.large_sizes
+    sizes, large = operation.sizes, operation.large_sizes
     if flags.device.type == "cuda":
+        sizes = operation.cuda_sizes or sizes
         large = operation.cuda_large_sizes or large
-    return [(s, passes) for s in operation.sizes] + [(s, passes[-1:]) for s in large]
+    return [(s, passes) for s in sizes] + [(s, passes[-1:]) for s in large]
 
 
 if __name__ == "__main__":

@@ -126,6 +126,8 @@ class DenseMatch(Operation):
     name = "dense_match"
     dims = ("B", "C", "S")
     sizes = ({"B": 8, "C": 256, "S": 784}, {"B": 8, "C": 256, "S": 3136})
+    # The last map of ResNet-50, and one of 56 x 56.
+    cuda_sizes = ({"B": 256, "C": 2048, "S": 49}, {"B": 64, "C": 256, "S": 3136})
     quick_sizes = ({"B": 2, "C": 32, "S": 100},)
     differentiable = False
 
@@ -169,6 +171,8 @@ class CovarianceLoss(Operation):
     dims = ("N", "D")
     sizes = ({"N": 256, "D": 2048}, {"N": 12544, "D": 512})
     large_sizes = ({"N": 256, "D": 8192},)
+    cuda_sizes = ({"N": 256, "D": 2048},)
+    cuda_large_sizes = ({"N": 256, "D": 8192}, {"N": 12544, "D": 2048})
     quick_sizes = ({"N": 32, "D": 128}, {"N": 256, "D": 64})
 
     def complaint(self, size: Size) -> str | None:

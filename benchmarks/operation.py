@@ -62,7 +62,8 @@ class Operation(ABC):
     optional: tuple[str, ...] = ()
     sizes: Sequence[Size]
     large_sizes: Sequence[Size] = ()
-    cuda_large_sizes: Sequence[Size] = ()  # in their place on CUDA, if any
+    cuda_sizes: Sequence[Size] = ()  # in the place of `sizes` on CUDA, if any
+    cuda_large_sizes: Sequence[Size] = ()  # in the place of `large_sizes` there, if any
     quick_sizes: Sequence[Size]
     differentiable = True
 

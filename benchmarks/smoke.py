@@ -4,7 +4,8 @@
     python benchmarks/smoke.py --part behaviour large
 
 Parts: `shapes` is small enough for compute-sanitizer; `behaviour` repeats calls, and makes them on
-a side stream, in a CUDA graph and under torch.compile; `large` passes 2^31 elements. References are
+a side stream, in a CUDA graph, under torch.compile and autocast; `large` passes 2^31 elements.
+Operators without a kernel on the device are left out. References are
 computed on the CPU, so that a checker of memory sees our kernels and few others. Exit status: 0; 1
 if a result is wrong or there is no kernel to check; 2 for flags that make no sense.
 """
@@ -18,12 +19,13 @@ from functools import partial
 import torch
 from torch import Tensor
 
+import smoke_info_nce
 from cases import OPERATIONS
 from operation import Inputs, Operation, Outcome, Size, run_pass
-from smoke_info_nce import Check, LeftOut, behaviour_checks, large_checks, shape_checks
+from smoke_behaviour import DTYPES, Check, LeftOut, behaviour_checks
+from smoke_large import large_checks
 
 CPU = torch.device("cpu")
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # Of the operators that have no checks of their own.
 SIZES: dict[str, tuple[Size, ...]] = {
     "dense_match": (
@@ -68,15 +70,16 @@ def _checks(flags: argparse.Namespace, names: Sequence[str]) -> Iterator[Check]:
     if "shapes" in flags.part:
         for name in names:
             if name.startswith("queue_info_nce"):
-                yield from shape_checks(name, flags.device)
+                yield from smoke_info_nce.shape_checks(name, flags.device)
             elif name in OPERATIONS:  # its backward pass with it
                 yield from _operation_checks(OPERATIONS[name], flags.device)
-    if "queue_info_nce" not in names:
-        return
-    if "behaviour" in flags.part:
-        yield from behaviour_checks(flags.device)
-    if "large" in flags.part:
-        yield from large_checks(flags.device, flags.elements)
+    for name in names:
+        if "behaviour" in flags.part:
+            yield from behaviour_checks(name, flags.device)
+        if "large" in flags.part:
+            if name == "queue_info_nce":
+                yield from smoke_info_nce.large_checks(flags.device, flags.elements)
+            yield from large_checks(name, flags.device, flags.elements)
 
 
 def _passes(name: str, check: Callable[[], None]) -> bool:
@@ -98,8 +101,8 @@ def _operation_checks(operation: Operation, device: torch.device) -> Iterator[Ch
     for size in SIZES[operation.name]:
         for dtype in DTYPES:
             shape = " ".join(f"{name}={value}" for name, value in size.items())
-            name = f"{operation.name} {shape} {str(dtype).removeprefix('torch.')}"
-            yield name, partial(_compare, operation, size, dtype, device)
+            title = f"{operation.name} {shape} {dtype}"
+            yield title, partial(_compare, operation, size, DTYPES[dtype], device)
 
 
 def _compare(operation: Operation, size: Size, dtype: torch.dtype, device: torch.device) -> None:

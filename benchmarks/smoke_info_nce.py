@@ -1,4 +1,4 @@
-"""The smoke checks of queue_info_nce: shapes and layouts, behaviour, more than 2^31 elements."""
+"""The smoke checks of queue_info_nce: shapes and layouts, more than 2^31 elements."""
 
 import math
 from collections.abc import Callable, Iterator, Sequence
@@ -9,15 +9,14 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize, softplus
 
-from gpu import captured
 from medmoco.ops import queue_info_nce
 from medmoco.ops.queue_info_nce import queue_info_nce_reference
+from smoke_behaviour import DTYPES, Check
+from smoke_large import need
 
-Check = tuple[str, Callable[[], None]]  # raises AssertionError where something is wrong
 Function = Callable[..., tuple[Tensor, Tensor]]
 
 TEMPERATURE = 0.2
-REPEATS = 30
 # Batch, queue size and dimensions: around tiles, in several splits of the queue, with rows that
 # are no multiple of 16 bytes, and empty.
 SHAPES = (
@@ -40,11 +39,6 @@ ALLOWED = {
     "tf32": (5e-3, 5e-3),
 }
 OUTPUTS = ("loss", "rank", "grad_query", "grad_key")
-DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
-
-
-class LeftOut(Exception):
-    """A check does not apply to this machine."""
 
 
 def rows(count: int, dim: int, dtype: torch.dtype, seed: int) -> Tensor:
@@ -98,11 +92,6 @@ def compare(found: Sequence[Tensor], truth: Sequence[Tensor], rounding: str) -> 
         elif name == "rank":  # near ties
             allowed = 1 + (0.02 * largest if rounding == "tf32" else 0)
         assert error <= allowed, f"{name} is off by {error:.2e}, {allowed:.2e} allowed"
-
-
-def equal(found: Sequence[Tensor], expected: Sequence[Tensor], what: str) -> None:
-    for name, a, b in zip(OUTPUTS, found, expected, strict=True):
-        assert torch.equal(a, b), f"{name} differs {what}"
 
 
 # --- shapes
@@ -170,69 +159,6 @@ def _check_backward(shape: tuple[int, int, int], rounding: str, device: torch.de
         compare([*nothing, grad_query, grad_key], [*nothing, *wanted], rounding)
 
 
-# --- behaviour
-
-
-def behaviour_checks(device: torch.device) -> Iterator[Check]:
-    for rounding in DTYPES:
-        yield (
-            f"{REPEATS} repeats give the same bits, {rounding}",
-            partial(_check_repeats, rounding, device),
-        )
-    yield "torch.compile(fullgraph) gives the same bits", partial(_check_compiled, device)
-    if device.type == "cuda":
-        yield "a side stream is kept to", partial(_check_stream, device)
-        yield "a CUDA graph replays on new operands", partial(_check_graph, device)
-
-
-def _check_repeats(rounding: str, device: torch.device) -> None:
-    shape = (257, 4099, 128)
-    placed = [tensor.to(device) for tensor in operands(shape, DTYPES[rounding])]
-    for ids in ((), some_ids(*shape[:2], device)):
-        first = loss_and_gradients(queue_info_nce, *placed, *ids)
-        for number in range(1, REPEATS):
-            again = loss_and_gradients(queue_info_nce, *placed, *ids)
-            equal(again, first, f"in repeat {number}")
-
-
-def _check_compiled(device: torch.device) -> None:
-    backend = "inductor" if device.type == "cuda" else "aot_eager"
-    compiled = torch.compile(queue_info_nce, fullgraph=True, backend=backend)
-    placed = [tensor.to(device) for tensor in operands((70, 900, 64), torch.bfloat16)]
-    expected = loss_and_gradients(queue_info_nce, *placed)
-    equal(loss_and_gradients(compiled, *placed), expected, "from that of an eager call")
-
-
-def _check_stream(device: torch.device) -> None:
-    """Operands arrive late on the side stream: a kernel on another one would miss them."""
-    old, new = (
-        [tensor.to(device) for tensor in operands((70, 900, 64), torch.bfloat16, seed)]
-        for seed in (0, 1)
-    )
-    expected = loss_and_gradients(queue_info_nce, *new)
-    torch.cuda.synchronize(device)
-    with torch.cuda.stream(torch.cuda.Stream(device)):
-        torch.cuda._sleep(100_000_000)  # clocks: tens of milliseconds
-        for buffer, tensor in zip(old, new, strict=True):
-            buffer.copy_(tensor)
-        found = loss_and_gradients(queue_info_nce, *old)
-        torch.cuda.current_stream(device).synchronize()
-    equal(found, expected, "on a side stream")
-
-
-def _check_graph(device: torch.device) -> None:
-    shape, dtype = (70, 900, 64), torch.bfloat16
-    placed = [tensor.to(device) for tensor in operands(shape, dtype)]
-    ids = some_ids(*shape[:2], device)
-    replay = captured(partial(loss_and_gradients, queue_info_nce, *placed, *ids), device)
-    for seed in range(1, 4):
-        for buffer, tensor in zip(placed, operands(shape, dtype, seed), strict=True):
-            buffer.copy_(tensor)
-        found = [tensor.clone() for tensor in replay()]
-        expected = loss_and_gradients(queue_info_nce, *placed, *ids)
-        equal(found, expected, "from that of an eager call")
-
-
 # --- more than 2^31 elements
 
 
@@ -242,16 +168,10 @@ def large_checks(device: torch.device, elements: int) -> Iterator[Check]:
     yield f"queue of more than {elements} elements", partial(_check_queue, device, elements)
 
 
-def _need(device: torch.device, gigabytes: float) -> None:
-    free = torch.cuda.mem_get_info(device)[0] / 1e9 if device.type == "cuda" else math.inf
-    if free < gigabytes:
-        raise LeftOut(f"{free:.0f} GB are free, {gigabytes:.0f} needed")
-
-
 def _check_batch(device: torch.device, elements: int) -> None:
     block, dim = 1000, 128
     repeats = elements // (block * dim) + 2
-    _need(device, 16 * repeats * block * dim / 1e9)
+    need(device, 16 * repeats * block * dim / 1e9)
     few = operands((block, 60, dim), torch.bfloat16)
     wide = [tensor.double() for tensor in few]
     truth = loss_and_gradients(queue_info_nce_reference, *wide)
@@ -271,7 +191,7 @@ def _check_queue(device: torch.device, elements: int) -> None:
     """Each entry is there r times: that adds log r to the sum of exponentials."""
     block, dim = 1000, 128
     repeats = elements // (block * dim) + 2
-    _need(device, 3 * repeats * block * dim / 1e9)
+    need(device, 3 * repeats * block * dim / 1e9)
     few = operands((20, block, dim), torch.bfloat16)
     query, key, entries = (tensor.double() for tensor in few)
     query.requires_grad_()

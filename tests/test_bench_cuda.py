@@ -74,6 +74,22 @@ def test_cases_on_a_gpu_are_those_of_dense_contrast(monkeypatch):
 
 
 @pytest.mark.parametrize(
+    ("op", "expected"),
+    [
+        ("dense_match", ["B=256 C=2048 S=49", "B=64 C=256 S=3136"]),
+        ("covariance_loss", ["N=256 D=2048", "N=256 D=2048", "N=256 D=8192", "N=12544 D=2048"]),
+        ("zca_whiten", ["N=256 D=2048 group=64", "N=256 D=2048 group=64"]),
+    ],
+)
+def test_other_operators_are_timed_at_the_sizes_of_resnet_50(op, expected, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    _, cases = bench_loss.parse_flags(["--device", "cuda", "--op", op])
+    assert [case.shape() for case in cases] == expected
+    assert cases[-1].backward == OPERATIONS[op].differentiable
+    assert all(case.backward for case in cases[2:])
+
+
+@pytest.mark.parametrize(
     ("rows", "splits"), [(256, (1, 16, 32, 64, 128)), (12544, (1, 2, 4, 8)), (100352, (1, 2, 4, 8))]
 )
 def test_attention_is_tried_with_the_queue_split_as_few_rows_need_it(rows, splits):

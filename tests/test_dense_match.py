@@ -278,3 +278,72 @@ def test_autocast_compiles():
     compiled = torch.compile(dense_match, fullgraph=True, backend="aot_eager")
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert_same(compiled(*operands), dense_match(*operands))
+
+
+ROUNDING = 2e-6  # of a cosine, whose sums are float32 whatever the maps are
+
+
+def tied_maps(dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Of the keys of each image a third stands there twice, and a few queries are keys."""
+    query_map, key_map = maps(3, 130, (150,), (99,), dtype)
+    key_map = torch.cat([key_map, key_map[:, :, 40:73]], 2)
+    query_map[:, :, ::10] = key_map[:, :, 20:35]
+    return query_map, key_map
+
+
+def assert_same_choice(found: Tensor, expected: Tensor, query_map: Tensor, key_map: Tensor):
+    """Two devices choose alike where the best key is clear, and the lowest of equal keys always."""
+    positions = torch.arange(key_map.shape[2])
+    alike = (key_map[:, :, :, None] == key_map[:, :, None]).all(1)
+    lowest = torch.where(alike, positions, len(positions)).amin(2)  # of the keys that equal each
+    for index in (found, expected):
+        assert torch.equal(lowest.gather(1, index), index), "not the lowest of equal keys"
+    cosine = eager(query_map.double(), key_map.double())
+    best, second = (
+        cosine.masked_fill((lowest != positions)[:, None], -2).topk(2, 2).values.unbind(2)
+    )
+    clear = best - second > 2 * ROUNDING
+    assert clear.float().mean() > 0.9
+    assert torch.equal(found[clear], expected[clear]), "another key than the best"
+    chosen = cosine.gather(2, found[:, :, None])[:, :, 0]
+    assert (best - chosen <= 2 * ROUNDING).all(), "no key that is about as good as the best"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("layout", ["contiguous", "channels last"])
+@pytest.mark.parametrize("device", ["cuda"], indirect=True)
+def test_cuda_and_cpu_choose_the_same_keys(device, layout, dtype):
+    operands = tied_maps(dtype)
+    expected, _ = dense_match(*operands)
+    if layout == "channels last":
+        operands = tuple(t.mT.contiguous().mT for t in operands)
+    found, _ = dense_match(*(t.to(device) for t in operands))
+    assert_same_choice(found.cpu(), expected, *operands)
+
+
+def test_a_choice_on_cuda_that_is_off_would_be_found():
+    query_map, key_map = tied_maps(torch.float32)
+    expected, _ = dense_match(query_map, key_map)
+    in_double, _ = dense_match(query_map.double(), key_map.double())
+    assert_same_choice(in_double, expected, query_map, key_map)
+    highest = torch.where((expected >= 40) & (expected < 73), expected + 59, expected)
+    another = expected.clone()
+    another[1, 7] = 0 if expected[1, 7] else 1
+    for wrong, message in ((highest, "not the lowest of equal"), (another, "another key than")):
+        with pytest.raises(AssertionError, match=message):
+            assert_same_choice(wrong, expected, query_map, key_map)
+
+
+def test_a_near_tie_may_be_chosen_either_way_on_cuda():
+    query_map, key_map = tied_maps(torch.float32)
+    key_map[:, :, 0] = query_map[:, :, 1]
+    key_map[:, :, 1] = query_map[:, :, 1] * 3  # the same direction, and another vector
+    expected, _ = dense_match(query_map, key_map)
+    assert set(expected[:, 1].tolist()) <= {0, 1}
+    for choice in (0, 1):
+        found = expected.clone()
+        found[:, 1] = choice
+        assert_same_choice(found, expected, query_map, key_map)
+    found[:, 1] = 2
+    with pytest.raises(AssertionError, match="no key that is about as good"):
+        assert_same_choice(found, expected, query_map, key_map)
