@@ -158,8 +158,8 @@ BUGS = [
     Bug(
         "a part of another tile",
         MOMENT,
-        "schedule.part(block_id(), tile)",
-        "schedule.part(block_id(), 0)",
+        "p.parts.part(block_id(), tile)",
+        "p.parts.part(block_id(), 0)",
         WRONG,
     ),
     Bug(

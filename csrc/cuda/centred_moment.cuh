@@ -45,13 +45,16 @@ struct MomentParts {
   Schedule schedule;
   float* data;  // (parts, side, side)
 
+  // In data, where the part begins that a block leaves of a tile.
+  __device__ __forceinline__ int64_t part(int block, int tile) const {
+    return int64_t(schedule.part(block, tile)) * tiles.side * tiles.side;
+  }
   // An element of a tile: the sum of its parts.
   __device__ __forceinline__ float element(int64_t tile, int row, int column) const {
-    const int64_t size = int64_t(tiles.side) * tiles.side;
     const int first = schedule.first_block(int(tile)), last = schedule.last_block(int(tile));
     double sum = 0;
     for (int block = first; block <= last; ++block) {
-      sum += data[schedule.part(block, int(tile)) * size + row * tiles.side + column];
+      sum += data[part(block, int(tile)) + row * tiles.side + column];
     }
     return float(sum);
   }
@@ -116,7 +119,7 @@ __global__ void __launch_bounds__(S::kThreads, S::kBlocksPerMultiprocessor)
     product.add(sums, p.term, place.batch, int64_t(place.row) * S::kSide,
                 int64_t(place.column) * S::kSide, schedule.first_queue_tile(block_id(), tile),
                 schedule.end_queue_tile(block_id(), tile));
-    float* part = p.parts.data + schedule.part(block_id(), tile) * (S::kSide * S::kSide);
+    float* part = p.parts.data + p.parts.part(block_id(), tile);
     for_each_value<S::kLeftTiles, S::kRightTiles>([&](int m, int n, int i, int) {
       const auto at = PlaceInTile<S>::of(m, n, i);
       part[at.row * S::kSide + at.column] = sums[m][n][i];

@@ -41,8 +41,7 @@ __device__ __forceinline__ void add_parts(const MomentParts& parts, int tile, in
   const int last = parts.schedule.last_block(tile);
 #pragma unroll 2
   for (int block = parts.schedule.first_block(tile); block <= last; ++block) {
-    const int64_t part = parts.schedule.part(block, tile);
-    const float* from = parts.data + (part * side + row) * side + column;
+    const float* from = parts.data + parts.part(block, tile) + row * side + column;
 #pragma unroll
     for (int i = 0; i < kSquareRows; ++i) {
       sums[i] += from[i * (kSquareSide / kSquareRows) * side];

@@ -260,6 +260,16 @@ inline void test_tiles_are_found_by_their_number() {
   }
 }
 
+// 65,536 features have more elements of parts than an int counts.
+inline void test_parts_are_many() {
+  const MomentPlan plan = MomentPlan::of({1, 65536, 65536, 256, true}, 132);
+  const int last = int(plan.parts.tiles.of_each()) - 1;
+  const int block = plan.parts.schedule.last_block(last);
+  const int64_t end = plan.parts.part(block, last) + 128 * 128;
+  expect(end * int64_t(sizeof(float)) <= plan.bytes() && end > 0x7fffffff,
+         "the last part to end before the parts do, got " + std::to_string(end));
+}
+
 template <typename Kind>
 int test_centred_product() {
   test_moments_are_those_of_float64<Kind>();
@@ -268,6 +278,7 @@ int test_centred_product() {
   test_applied_matrices_are_those_of_float64<Kind>();
   test_twenty_schedules_apply_the_same_bits<Kind>();
   test_tiles_are_found_by_their_number();
+  test_parts_are_many();
   return report();
 }
 
