@@ -1,20 +1,15 @@
 // dense_match on CUDA: tensors to and from the kernels.
 
 #include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
 
 #include <cstdint>
 #include <tuple>
 
-#include "../checks.h"
 #include "dense_match.cuh"
-#include "device.cuh"
+#include "tensors.cuh"
 
 namespace medmoco {
 namespace {
-
-using torch::stable::accelerator::DeviceGuard;
 
 template <typename Element>
 FeatureMap<Element> map_of(const Tensor& tensor) {
@@ -32,24 +27,12 @@ void match(const Tensor& query_map, const Tensor& key_map, Tensor& index, Tensor
   p.index = static_cast<int64_t*>(index.mutable_data_ptr());
   p.similarity = static_cast<float*>(similarity.mutable_data_ptr());
 
-  const int32_t device = query_map.get_device_index();
-  const DeviceGuard guard(device);
-  // Freed when this returns, though the kernels may still have to run: what is given this memory
-  // next on the same stream runs after them.
-  Tensor workspace;
-  auto allocate = [&](int64_t bytes) {
-    workspace = torch::stable::new_empty(query_map, {bytes}, ScalarType::Byte);
-    return workspace.mutable_data_ptr();
-  };
-  dense_match_forward<Kind>(p, multiprocessors(device), allocate, current_stream(device));
+  run_on_device_of(query_map, [&](auto... where) { dense_match_forward<Kind>(p, where...); });
 }
 
 std::tuple<Tensor, Tensor> dense_match_cuda(Tensor query_map, Tensor key_map, bool allow_tf32) {
   check_dense_match(query_map, key_map);
-  if (query_map.scalar_type() == ScalarType::Double) {
-    fail("dense_match: query_map must be float32, bfloat16 or float16 on CUDA, got ",
-         dtype_text(query_map));
-  }
+  refuse_float64("dense_match", "query_map", query_map);
   const int64_t batch = query_map.size(0), queries = query_map.size(2);
   Tensor index = torch::stable::new_empty(query_map, {batch, queries}, ScalarType::Long);
   Tensor similarity = torch::stable::new_empty(query_map, {batch, queries}, ScalarType::Float);

@@ -1,22 +1,17 @@
 // queue_info_nce on CUDA: tensors to and from the kernels.
 
 #include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
 
 #include <cstdint>
 #include <optional>
 #include <tuple>
 
-#include "../checks.h"
-#include "device.cuh"
 #include "queue_info_nce.cuh"
 #include "queue_info_nce_backward.cuh"
+#include "tensors.cuh"
 
 namespace medmoco {
 namespace {
-
-using torch::stable::accelerator::DeviceGuard;
 
 template <typename Element>
 Rows<Element> rows_of(const Tensor& tensor) {
@@ -43,21 +38,7 @@ void forward(const Tensor& query, const Tensor& key, const Tensor& queue, double
   p.rank = static_cast<int32_t*>(rank.mutable_data_ptr());
   if (compute_direction) p.direction = static_cast<float*>(direction.mutable_data_ptr());
 
-  const int32_t device = query.get_device_index();
-  const DeviceGuard guard(device);
-  // Freed when this returns, though the kernels may still have to run: what is given this memory
-  // next on the same stream runs after them.
-  Tensor workspace;
-  auto allocate = [&](int64_t bytes) {
-    workspace = torch::stable::new_empty(query, {bytes}, ScalarType::Byte);
-    return workspace.mutable_data_ptr();
-  };
-  queue_info_nce_forward<Kind>(p, multiprocessors(device), allocate, current_stream(device));
-}
-
-void refuse_float64(const char* op, const Tensor& query) {
-  if (query.scalar_type() != ScalarType::Double) return;
-  fail(op, ": query must be float32, bfloat16 or float16 on CUDA, got ", dtype_text(query));
+  run_on_device_of(query, [&](auto... where) { queue_info_nce_forward<Kind>(p, where...); });
 }
 
 std::tuple<Tensor, Tensor, Tensor> queue_info_nce_cuda(Tensor query, Tensor key, Tensor queue,
@@ -66,7 +47,7 @@ std::tuple<Tensor, Tensor, Tensor> queue_info_nce_cuda(Tensor query, Tensor key,
                                                        std::optional<Tensor> queue_ids,
                                                        bool compute_direction, bool allow_tf32) {
   check_queue_info_nce(query, key, queue, temperature, query_ids, queue_ids);
-  refuse_float64("queue_info_nce", query);
+  refuse_float64("queue_info_nce", "query", query);
   if (query.size(1) > kMostEmbedDim) {
     fail("queue_info_nce: query must be (batch, at most ", kMostEmbedDim, ") on CUDA, got ",
          shape_text(query));
@@ -109,9 +90,7 @@ void backward(const Tensor& grad_loss, const Tensor& query, const Tensor& loss,
   if (compute_grad_query) p.grad_query = static_cast<Scalar*>(grad_query.mutable_data_ptr());
   if (compute_grad_key) p.grad_key = static_cast<Scalar*>(grad_key.mutable_data_ptr());
 
-  const int32_t device = query.get_device_index();
-  const DeviceGuard guard(device);
-  queue_info_nce_backward(p, current_stream(device));
+  run_on_device_of(query, [&](int, auto&, Stream stream) { queue_info_nce_backward(p, stream); });
 }
 
 std::tuple<Tensor, Tensor> queue_info_nce_backward_cuda(Tensor grad_loss, Tensor query, Tensor loss,
@@ -119,7 +98,7 @@ std::tuple<Tensor, Tensor> queue_info_nce_backward_cuda(Tensor grad_loss, Tensor
                                                         bool compute_grad_query,
                                                         bool compute_grad_key) {
   check_queue_info_nce_backward(grad_loss, query, loss, direction, temperature, compute_grad_query);
-  refuse_float64("queue_info_nce_backward", query);
+  refuse_float64("queue_info_nce_backward", "query", query);
   const int64_t batch = query.size(0), dim = query.size(1);
   Tensor grad_query = torch::stable::new_empty(query, {compute_grad_query ? batch : 0, dim});
   Tensor grad_key = torch::stable::new_empty(query, {compute_grad_key ? batch : 0, dim});
