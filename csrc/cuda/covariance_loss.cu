@@ -1,13 +1,11 @@
 // covariance_loss on CUDA: tensors to and from the kernels.
 
 #include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
 
 #include <tuple>
 
 #include "covariance_loss.cuh"
-#include "features.cuh"
+#include "tensors.cuh"
 
 namespace medmoco {
 namespace {
@@ -18,7 +16,7 @@ CovarianceFeatures features_of(const Tensor& features) {
 
 std::tuple<Tensor, Tensor, Tensor> covariance_loss_cuda(Tensor features, bool allow_tf32) {
   check_covariance_loss(features);
-  refuse_float64("covariance_loss", features);
+  refuse_float64("covariance_loss", "features", features);
   const CovarianceFeatures f = features_of(features);
   Tensor loss = torch::stable::new_empty(features, {}, ScalarType::Float);
   Tensor mean = torch::stable::new_empty(features, {f.dims}, ScalarType::Double);
@@ -40,7 +38,7 @@ Tensor covariance_loss_backward_cuda(Tensor grad_loss, Tensor features, Tensor m
                                      bool allow_tf32) {
   const char* op = "covariance_loss_backward";
   check_covariance_loss_backward(grad_loss, features, mean, matrix);
-  refuse_float64(op, features);
+  refuse_float64(op, "features", features);
   check_beside_features(op, "grad_loss", grad_loss, features);
   check_beside_features(op, "matrix", matrix, features);
   Tensor grad_features = torch::stable::new_empty(features, features.sizes());

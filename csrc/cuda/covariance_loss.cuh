@@ -14,6 +14,7 @@
 #include "centred_apply.cuh"
 #include "column_moments.cuh"
 #include "covariance_loss_combine.cuh"
+#include "workspace.cuh"
 
 namespace medmoco {
 
@@ -47,42 +48,40 @@ struct CovarianceWorkspace {
   float *mean_high, *mean_low;
   // Of the Gram form alone:
   int* rank;
-  double* direct;
-  double* direct_sums;
+  double *direct, *direct_sums;
   float *direct_rounded, *direct_rows, *rest_variance;
   // Of the loss alone:
   float* parts;
   double* square_sums;
-};
+  int64_t bytes;
 
-// Gives each its place, one after the other; returns how many bytes that takes. No memory: counts
-// them. `plan` is that of the loss; null: of the gradient.
-inline int64_t place(CovarianceWorkspace& w, unsigned char* memory, const CovarianceFeatures& f,
-                     const MomentPlan* plan, int multiprocessors) {
-  int64_t bytes = 0;
-  auto take = [&]<typename T>(T*& what, int64_t count) {
-    what = memory ? reinterpret_cast<T*>(memory + bytes) : nullptr;
-    bytes += (count * int64_t(sizeof(T)) + 15) / 16 * 16;
-  };
-  take(w.moments, column_moments_bytes(f.samples, f.dims, multiprocessors));
-  take(w.squares, f.dims);
-  take(w.mean_high, f.dims);
-  take(w.mean_low, f.dims);
-  const int64_t gram = f.gram() ? 1 : 0;
-  take(w.rank, gram * f.dims);
-  take(w.direct, gram * f.samples * kDirectColumns);
-  if (plan) {
-    take(w.direct_sums, f.panels());
-    take(w.parts, plan->bytes() / int64_t(sizeof(float)));
-    take(w.square_sums, squares_of(plan->parts.tiles));
-  } else {
-    take(w.mean, f.dims);
-    take(w.direct_rounded, gram * f.samples * kDirectColumns);
-    take(w.direct_rows, gram * f.dims * kDirectColumns);
-    take(w.rest_variance, gram * f.dims);
+  // `plan` is that of the loss; null: of the gradient. No memory: its bytes are counted.
+  static CovarianceWorkspace of(const CovarianceFeatures& f, const MomentPlan* plan,
+                                int multiprocessors, void* memory) {
+    WorkspacePieces pieces(memory);
+    CovarianceWorkspace w{};
+    const int64_t gram = f.gram() ? 1 : 0;
+    w.moments =
+        pieces.take<unsigned char>(column_moments_bytes(f.samples, f.dims, multiprocessors));
+    w.squares = pieces.take<double>(f.dims);
+    w.mean_high = pieces.take<float>(f.dims);
+    w.mean_low = pieces.take<float>(f.dims);
+    w.rank = pieces.take<int>(gram * f.dims);
+    w.direct = pieces.take<double>(gram * f.samples * kDirectColumns);
+    if (plan) {
+      w.direct_sums = pieces.take<double>(f.panels());
+      w.parts = pieces.take<float>(plan->bytes() / int64_t(sizeof(float)));
+      w.square_sums = pieces.take<double>(squares_of(plan->parts.tiles));
+    } else {
+      w.mean = pieces.take<double>(f.dims);
+      w.direct_rounded = pieces.take<float>(gram * f.samples * kDirectColumns);
+      w.direct_rows = pieces.take<float>(gram * f.dims * kDirectColumns);
+      w.rest_variance = pieces.take<float>(gram * f.dims);
+    }
+    w.bytes = pieces.bytes();
+    return w;
   }
-  return bytes;
-}
+};
 
 inline CentredOperand centred(const CovarianceFeatures& f, const CovarianceWorkspace& w) {
   CentredOperand operand{};
@@ -127,10 +126,11 @@ void covariance_loss_forward(const CovarianceFeatures& f, const CovarianceLoss& 
   sum.loss = out.loss;
   if (f.dims == 0) return sum_covariance_loss(sum, stream);  // NaN
 
-  CovarianceWorkspace w{};
   MomentPlan plan = MomentPlan::of(f.shape(), multiprocessors);
-  auto* memory = allocate(place(w, nullptr, f, &plan, multiprocessors));
-  place(w, static_cast<unsigned char*>(memory), f, &plan, multiprocessors);
+  auto workspace = [&](void* memory) {
+    return CovarianceWorkspace::of(f, &plan, multiprocessors, memory);
+  };
+  auto w = workspace(allocate(workspace(nullptr).bytes));
   w.mean = out.mean;
   prepare_covariance(f, w, multiprocessors, stream);
 
@@ -172,9 +172,10 @@ template <typename Kind, typename Allocate>
 void covariance_loss_backward(const CovarianceFeatures& f, const CovarianceGradient& p,
                               int multiprocessors, Allocate allocate, Stream stream) {
   if (f.dims == 0) return;
-  CovarianceWorkspace w{};
-  auto* memory = allocate(place(w, nullptr, f, nullptr, multiprocessors));
-  place(w, static_cast<unsigned char*>(memory), f, nullptr, multiprocessors);
+  auto workspace = [&](void* memory) {
+    return CovarianceWorkspace::of(f, nullptr, multiprocessors, memory);
+  };
+  const auto w = workspace(allocate(workspace(nullptr).bytes));
   prepare_covariance(f, w, multiprocessors, stream);
 
   ApplyArguments a{};

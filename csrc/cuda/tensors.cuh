@@ -24,6 +24,13 @@ inline Matrix matrix_of(const Tensor& tensor) {
   return {tensor.const_data_ptr(), storage, tensor.stride(0), tensor.stride(1)};
 }
 
+inline void check_beside_features(const char* op, const char* name, const Tensor& tensor,
+                                  const Tensor& features) {
+  if (device_text(tensor) == device_text(features)) return;
+  fail(op, ": ", name, " must be on ", device_text(features), " to match features, got ",
+       device_text(tensor));
+}
+
 // Calls run(multiprocessors, allocate, stream) on the device of `tensor`, with the stream that
 // PyTorch works on there; allocate(bytes) gives a workspace, once.
 template <typename Run>

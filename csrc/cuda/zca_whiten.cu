@@ -1,13 +1,11 @@
 // zca_whiten on CUDA: tensors to and from the kernels.
 
 #include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
 
 #include <cstdint>
 #include <tuple>
 
-#include "features.cuh"
+#include "tensors.cuh"
 #include "zca_whiten.cuh"
 
 namespace medmoco {
@@ -19,7 +17,7 @@ const float* data(const Tensor& tensor) {
 }
 
 void check_kernel_takes(const char* op, const Tensor& features, int64_t group_size) {
-  refuse_float64(op, features);
+  refuse_float64(op, "features", features);
   if (group_size > kLargestGroup) {
     fail(op, ": group_size must be at most ", kLargestGroup, " on CUDA, got ", group_size);
   }

@@ -8,6 +8,7 @@
 
 #include "centred_apply.cuh"
 #include "column_moments.cuh"
+#include "workspace.cuh"
 #include "zca_whiten_gradient.cuh"
 #include "zca_whiten_matrix.cuh"
 
@@ -41,25 +42,6 @@ struct ZcaWhitenBackward {
   void* grad_features;                           // as whitened
 };
 
-// WorkspacePieces of one allocation, each aligned to 16 bytes: first counted, then, with memory,
-// handed out.
-class WorkspacePieces {
- public:
-  explicit WorkspacePieces(unsigned char* memory = nullptr) : memory_(memory) {}
-
-  template <typename T>
-  T* take(int64_t count) {
-    T* piece = memory_ ? reinterpret_cast<T*>(memory_ + bytes_) : nullptr;
-    bytes_ += (count * int64_t(sizeof(T)) + 15) / 16 * 16;
-    return piece;
-  }
-  int64_t bytes() const { return bytes_; }
-
- private:
-  unsigned char* memory_;
-  int64_t bytes_ = 0;
-};
-
 // What the kernels hand to each other.
 struct WhitenWorkspace {
   float *mean_high, *mean_low, *grad_covariance;
@@ -67,7 +49,7 @@ struct WhitenWorkspace {
   int64_t bytes;
 
   static WhitenWorkspace of(const WhitenShape& shape, const MomentPlan& plan, bool backward,
-                            int multiprocessors, unsigned char* memory) {
+                            int multiprocessors, void* memory) {
     WorkspacePieces pieces(memory);
     WhitenWorkspace w{};
     w.mean_low = pieces.take<float>(shape.features());
@@ -123,10 +105,10 @@ void zca_whiten_forward(const ZcaWhiten& p, int multiprocessors, Allocate alloca
   const WhitenShape& shape = p.shape;
   if (shape.groups == 0) return;
   MomentPlan plan = MomentPlan::of(shape.moment(true), multiprocessors);
-  auto workspace = [&](unsigned char* memory) {
+  auto workspace = [&](void* memory) {
     return WhitenWorkspace::of(shape, plan, false, multiprocessors, memory);
   };
-  const auto w = workspace(static_cast<unsigned char*>(allocate(workspace(nullptr).bytes)));
+  const auto w = workspace(allocate(workspace(nullptr).bytes));
   Moments mean{};
   mean.mean_high = p.mean;
   mean.mean_low = w.mean_low;
@@ -154,10 +136,10 @@ void zca_whiten_backward(const ZcaWhitenBackward& p, int multiprocessors, Alloca
   const WhitenShape& shape = p.shape;
   if (shape.groups == 0) return;
   MomentPlan plan = MomentPlan::of(shape.moment(false), multiprocessors);
-  auto workspace = [&](unsigned char* memory) {
+  auto workspace = [&](void* memory) {
     return WhitenWorkspace::of(shape, plan, true, multiprocessors, memory);
   };
-  const auto w = workspace(static_cast<unsigned char*>(allocate(workspace(nullptr).bytes)));
+  const auto w = workspace(allocate(workspace(nullptr).bytes));
   // The gradient of centring, less its own mean, is taken where it costs least: before.
   Moments mean{};
   mean.mean_high = w.mean_high;
