@@ -213,7 +213,7 @@ BUGS = [
     Bug("grad_loss is left out", WHOLE, "a.factor = p.grad_loss;", "", WRONG),
     Bug(
         "the workspace is not aligned",
-        WHOLE,
+        "workspace.cuh",
         "(count * int64_t(sizeof(T)) + 15) / 16 * 16",
         "count * int64_t(sizeof(T))",
         "misaligned",

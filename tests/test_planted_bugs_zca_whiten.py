@@ -222,7 +222,7 @@ BUGS = [
     ),
     Bug(
         "pieces of memory overlap",
-        LAUNCH,
+        "workspace.cuh",
         "bytes_ += (count * int64_t(sizeof(T)) + 15) / 16 * 16;",
         "bytes_ += 16;",
         f"{OUTSIDE}|{WRONG}",

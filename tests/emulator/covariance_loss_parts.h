@@ -123,10 +123,9 @@ inline void test_memory_is_what_the_matrix_and_its_parts_take() {
   for (const Size& size : {Size{256, 2048, 8}, Size{256, 8192, 32}, Size{12544, 2048, 64}}) {
     const CovarianceFeatures f{{}, size.samples, size.dims};
     const auto plan = MomentPlan::of(f.shape(), 132);
-    CovarianceWorkspace w{};
     const int64_t matrix = f.side() * f.side() * int64_t(sizeof(float));
-    const int64_t forward = place(w, nullptr, f, &plan, 132);
-    const int64_t backward = place(w, nullptr, f, nullptr, 132);
+    const int64_t forward = CovarianceWorkspace::of(f, &plan, 132, nullptr).bytes;
+    const int64_t backward = CovarianceWorkspace::of(f, nullptr, 132, nullptr).bytes;
     const int64_t most = matrix + std::max(forward, backward);
     expect(most <= size.mebibytes << 20, "at most " + std::to_string(size.mebibytes) +
                                              " MiB, got " + std::to_string(most) + " bytes");
