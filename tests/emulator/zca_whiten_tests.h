@@ -32,6 +32,12 @@ void test_the_result_is_that_of_float64() {
   for (const WhitenCase& c : whiten_grid()) check<Kind>(c);
 }
 
+// So many that blocks share them out, both for the means and for the products.
+template <typename Kind>
+void test_many_samples() {
+  check<Kind>({.samples = 1100, .groups = 2, .size = 3, .multiprocessors = 7});
+}
+
 template <typename Kind>
 void test_large_groups() {
   check<Kind>({.samples = 150, .groups = 1, .size = 64});
@@ -188,6 +194,7 @@ void test_without_features_nothing_is_launched() {
 template <typename Kind>
 int test_zca_whiten() {
   test_the_result_is_that_of_float64<Kind>();
+  test_many_samples<Kind>();
   test_large_groups<Kind>();
   test_the_largest_group<Kind>();
   test_twenty_schedules_give_the_same_bits<Kind>();
