@@ -142,13 +142,14 @@ def _check(contest: Contest) -> None:
     # Eager first: what it gets wrong measures what is allowed.
     for name in sorted(contest.calls, key=lambda name: name != "eager"):
         row = contest.rows[name]
-        gc.collect()  # what one that failed has left in cycles is not to crowd out the next
         try:
             outcome = contest.run(name, 0)
             errors = errors_of(outcome)
         except Exception as error:  # whatever a peer raises where it does not apply
             row.status = "FAILED" if name == OURS else "error"
             row.note = error_text(error)
+        if row.status != "ok":
+            gc.collect()  # what it has left in cycles is not to crowd out the next
             continue
         if name == "eager":
             eager = errors

@@ -86,6 +86,7 @@ def run_case(case: TrainCase, *, seconds: float) -> list[TrainRow]:
         ENCODERS: trainer.encode,
     }
     _check(trainer, rows)
+    _release()
     for name, step in steps.items():
         if rows[name].status == "ok":
             _measure_memory(trainer, step, rows[name])
@@ -127,7 +128,8 @@ def _check(trainer: Trainer, rows: dict[str, TrainRow]) -> None:
             rows[name].loss = found[name][0]["loss"]
         except Exception as error:  # whatever a broken operator brings about
             _fail(rows[name], error)
-        _release()
+        if rows[name].status != "ok":
+            _release()
     ours = rows[OURS]
     if OURS in found and EAGER not in found:
         ours.note = "; ".join(filter(None, (ours.note, "unchecked, as eager could not run")))
@@ -167,10 +169,10 @@ def _measure_memory(trainer: Trainer, step: Step, row: TrainRow) -> None:
 
     try:
         step(0)  # gradients and momentum are there, and libraries have what they keep
-        _release()
         peak = extra_memory(again, trainer.case.device)
     except Exception as error:  # out of memory, or what eager's eigh does not solve
         _fail(row, error)
+    if row.status != "ok":
         _release()
         return
     row.peak_mib = None if peak is None else peak / MIB

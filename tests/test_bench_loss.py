@@ -29,9 +29,9 @@ OPERATORS = {name for name in SCHEMAS if not name.endswith("_backward")}
 CPU = torch.device("cpu")
 
 
-def quick_rows(op: str, capsys) -> tuple[int, str]:
-    """Exit status and output of a quick run of one operator."""
-    status = bench_loss.main(["--quick", "--device", "cpu", "--op", op])
+def quick_rows(op: str, capsys, *peers: str) -> tuple[int, str]:
+    """Exit status and output of a quick run of one operator beside these peers."""
+    status = bench_loss.main(["--quick", "--device", "cpu", "--op", op, "--peers", *peers])
     captured = capsys.readouterr()
     return status, captured.out + captured.err
 
@@ -152,11 +152,12 @@ def test_results_say_where_they_come_from(quick):
 
 
 def test_the_table_names_what_is_missing(quick, monkeypatch, capsys):
+    packages = ("flash-attn", "liger-kernel", "cut-cross-entropy")
     monkeypatch.setattr(baselines, "find_spec", lambda module: None)
-    _, text = quick_rows("queue_info_nce", capsys)
+    _, text = quick_rows("queue_info_nce", capsys, *packages)
     assert "missing: flash-attn (not installed); liger-kernel (not installed)" in text
     monkeypatch.setattr(baselines, "find_spec", lambda module: object())
-    _, text = quick_rows("queue_info_nce", capsys)
+    _, text = quick_rows("queue_info_nce", capsys, *packages)
     assert "missing" not in text
     assert "flash-attn (needs CUDA)" in " ".join(text.split())
 
@@ -178,7 +179,7 @@ def test_ids_are_no_case_for_plain_attention(rows):
 )
 def test_a_wrong_operator_is_found_before_it_is_timed(op, wrong, monkeypatch, capsys):
     monkeypatch.setattr(ops, op, wrong(getattr(ops, op)))
-    status, text = quick_rows(op, capsys)
+    status, text = quick_rows(op, capsys, "eager")
     assert status == 1
     line = next(line for line in text.splitlines() if line.strip().startswith("medmoco  "))
     assert "FAILED" in line and "[" not in line
@@ -189,8 +190,8 @@ def test_an_error_that_is_no_number_can_be_written(tmp_path, monkeypatch, capsys
     right = ops.covariance_loss
     monkeypatch.setattr(ops, "covariance_loss", lambda features: right(features) * torch.nan)
     file = tmp_path / "rows.json"
-    flags = ["--quick", "--op", "covariance_loss", "--device", "cpu", "--json", str(file)]
-    assert bench_loss.main(flags) == 1
+    flags = ["--quick", "--op", "covariance_loss", "--peers", "eager", "--device", "cpu"]
+    assert bench_loss.main([*flags, "--json", str(file)]) == 1
     ours, *_ = json.loads(file.read_text())["rows"]
     assert ours["status"] == "FAILED" and ours["value_error"] == "nan"
 
@@ -220,7 +221,7 @@ def test_a_peer_that_raises_is_shown_with_its_error(monkeypatch, capsys):
 
     peer = baselines.Peer("broken", raises)
     monkeypatch.setattr(baselines, "match_peers", lambda *, quick: [peer])
-    status, text = quick_rows("dense_match", capsys)
+    status, text = quick_rows("dense_match", capsys, "broken")
     assert status == 0
     assert re.search(r"broken +error: ValueError: no such kernel\n", text)
 
