@@ -48,6 +48,27 @@ def device(request) -> str:
     return request.param
 
 
+@pytest.fixture(scope="session")
+def planted_programs(request, tmp_path_factory) -> Iterator[dict[str, Future[Path]]]:
+    """The program of each module of planted bugs, by its name: build_program(folder) of all whose
+    tests were chosen, as many at once as there are cores.
+    """
+    modules = dict.fromkeys(item.module for item in request.session.items)
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        yield {
+            module.__name__: pool.submit(module.build_program, tmp_path_factory.mktemp("planted"))
+            for module in modules
+            if hasattr(module, "build_program")
+        }
+        pool.shutdown(cancel_futures=True)  # of a run that was stopped
+
+
+@pytest.fixture(scope="module")
+def program(request, planted_programs) -> Path:
+    """The program of a module of planted bugs."""
+    return planted_programs[request.module.__name__].result()
+
+
 @pytest.fixture(scope="module")
 def started(request) -> Iterator[Callable[..., dict[Any, Future[Any]]]]:
     """started(name, call) starts call(value) for each value of the parameter `name` in the chosen

@@ -191,10 +191,8 @@ BUGS = [
 ]
 
 
-@pytest.fixture(scope="module")
-def program(tmp_path_factory) -> Path:
-    sources = copy_of_kernels(tmp_path_factory.mktemp("planted"), BUGS)
-    return build(sources, "planted_bugs_centred_product.cpp")
+def build_program(folder: Path) -> Path:
+    return build(copy_of_kernels(folder, BUGS), "planted_bugs_centred_product.cpp")
 
 
 @pytest.fixture(scope="module")

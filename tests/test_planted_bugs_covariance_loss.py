@@ -221,9 +221,7 @@ BUGS = [
 ]
 
 
-@pytest.fixture(scope="module")
-def program(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("planted")
+def build_program(folder: Path) -> Path:
     return build(copy_of_kernels(folder, BUGS), "planted_bugs_covariance_loss.cpp")
 
 

@@ -332,9 +332,8 @@ BUGS = [
 ]
 
 
-@pytest.fixture(scope="module")
-def program(tmp_path_factory) -> Path:
-    sources = copy_of_kernels(tmp_path_factory.mktemp("planted"), BUGS)
+def build_program(folder: Path) -> Path:
+    sources = copy_of_kernels(folder, BUGS)
     # One width, to build faster.
     path = sources / "cuda/queue_info_nce.cuh"
     widths = re.compile(r"if \(embed_dim <= 64\) (return .*;)\n.*<128>.*\n.*<256>.*;")
