@@ -58,7 +58,7 @@ inline void watch_for_crashes() {
 #endif
 }
 
-// What a GPU of compute capability 8.0 or later would refuse.
+// What a GPU of compute capability 8.0 would refuse.
 inline void check_launch(const Launch& launch) {
   const auto [name, grid, block, shared_bytes, device] = launch;
   const auto refuse = [&](const std::string& what) {
@@ -73,7 +73,7 @@ inline void check_launch(const Launch& launch) {
     refuse("a block must consist of whole warps of 32, got " + std::to_string(threads) +
            " threads");
   }
-  constexpr int kMost = 227 * 1024;
+  constexpr int kMost = 163 * 1024;
   if (shared_bytes < 0 || shared_bytes > kMost) {
     refuse("a block has 0 to " + std::to_string(kMost) + " bytes of shared memory, got " +
            std::to_string(shared_bytes));

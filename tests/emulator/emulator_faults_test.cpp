@@ -158,15 +158,15 @@ void test_launches_that_a_gpu_refuses() {
     expect_error(run, {"refused: " + message});
     expect_equal(device.errors.size(), 1, "errors kept");
   };
-  refused(64, 227 * 1024 + 1, "a block has 0 to 232448 bytes of shared memory, got 232449");
-  refused(64, -1, "a block has 0 to 232448 bytes of shared memory, got -1");
+  refused(64, 163 * 1024 + 1, "a block has 0 to 166912 bytes of shared memory, got 166913");
+  refused(64, -1, "a block has 0 to 166912 bytes of shared memory, got -1");
   refused(dim3(32, 33), 0, "a block has 1 to 1024 threads, at most 64 in z, got 32 x 33 x 1");
   refused(0, 0, "a block has 1 to 1024 threads");
   refused(48, 0, "a block must consist of whole warps of 32, got 48 threads");
   EmulatedDevice device;
   expect_error([&] { launch("refused", +[] {}, dim3(1, 65536), 32, 0, &device); },
                {"refused: a grid has at most"});
-  launch("accepted", +[] {}, 1, 1024, 227 * 1024, &device);
+  launch("accepted", +[] {}, 1, 1024, 163 * 1024, &device);
 }
 
 void test_a_primitive_outside_of_a_kernel_is_an_error() {
