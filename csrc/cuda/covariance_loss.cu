@@ -40,6 +40,7 @@ Tensor covariance_loss_backward_cuda(Tensor grad_loss, Tensor features, Tensor m
   check_covariance_loss_backward(grad_loss, features, mean, matrix);
   refuse_float64(op, "features", features);
   check_beside_features(op, "grad_loss", grad_loss, features);
+  check_beside_features(op, "mean", mean, features);
   check_beside_features(op, "matrix", matrix, features);
   Tensor grad_features = torch::stable::new_empty(features, features.sizes());
   const CovarianceGradient p{static_cast<const float*>(grad_loss.const_data_ptr()),
