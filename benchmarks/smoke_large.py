@@ -124,7 +124,8 @@ def _check_samples(device: torch.device, elements: int) -> None:
 
 def _check_features(device: torch.device, elements: int) -> None:
     """Each feature r times: a copy's covariance with it is its variance."""
-    samples, few = 64, 500
+    # The ranks take time that grows with the square of the features.
+    samples, few = 2048 if elements > 2**30 else 64, 500
     repeats = elements // (samples * few) + 2
     need(device, 8 * repeats * samples * few / 1e9)
     block = _draw(samples, few, seed=0)
