@@ -107,6 +107,9 @@ class BuildOperators(BuildExtension):
 
     def finalize_options(self) -> None:
         super().finalize_options()
+        # Ninja finds out what changed. Without it setuptools would look at the sources alone, and
+        # keep a library of old headers, or one without the kernels that are now asked for.
+        self.force = True
         # For an editable install setuptools would take another folder for objects each time.
         python = f"{self.plat_name}-{sys.implementation.cache_tag}"
         self.build_temp = str(ROOT / "build" / f"objects-{python}-torch-{torch.__version__}")
@@ -165,10 +168,9 @@ def extension() -> Extension:
         folders += [str(cuda_home / "lib64"), str(cuda_home / "lib")]
         libraries += ["cudart_static", "dl", "rt", "pthread"]
         architectures = os.environ["TORCH_CUDA_ARCH_LIST"]
-        cxx += [
-            f'-DMEDMOCO_CUDA_VERSION="{cuda_release(cuda_home)}"',
-            f'-DMEDMOCO_CUDA_ARCHITECTURES="{architectures}"',
-        ]
+        release = f'-DMEDMOCO_CUDA_VERSION="{cuda_release(cuda_home)}"'
+        cxx += [release, f'-DMEDMOCO_CUDA_ARCHITECTURES="{architectures}"']
+        nvcc.append(release)  # another toolkit in the same folder compiles again
     return Extension(
         "medmoco._C",
         sorted(sources),
