@@ -132,6 +132,8 @@ time_ops() {
     --peers eager 'attention*' --graph --sizes N=256,K=65536,C=128
   bench bench_loss match --op dense_match --dtype bfloat16
   bench bench_loss features --op covariance_loss zca_whiten --dtype float32
+  bench bench_loss features_graph --op covariance_loss --dtype float32 --graph \
+    --sizes N=256,D=2048 N=256,D=8192
   bench bench_loss many_features --op covariance_loss --dtype bfloat16 --sizes N=12544,D=2048
 }
 

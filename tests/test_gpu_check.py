@@ -19,7 +19,7 @@ SCRIPT = ROOT / "benchmarks/gpu_check.sh"
 TOOLS = ("memcheck", "racecheck", "initcheck", "synccheck")
 STEPS = {
     "kernels": ("resources", "shapes", "tests", *TOOLS, "behaviour", "large"),
-    "ops": ("info_nce", "info_nce_graph", "match", "features", "many_features"),
+    "ops": ("info_nce", "info_nce_graph", "match", "features", "features_graph", "many_features"),
     "train": ("train", "train_28", "train_56"),
 }
 ALL_STEPS = {"build", *(step for steps in STEPS.values() for step in steps)}
