@@ -142,7 +142,7 @@ def test_packages_of_the_training_are_needed_for_it_alone(part, asked, tools):
         ("pip install", "build"),
         ("--tool racecheck", "racecheck"),
         ("--part behaviour", "behaviour"),
-        ("--graph", "info_nce_graph"),
+        ("--graph --sizes N=256,K", "info_nce_graph"),
         ("--output-stride 4", "train_56"),
     ],
 )
