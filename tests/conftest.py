@@ -48,39 +48,20 @@ def device(request) -> str:
     return request.param
 
 
-@pytest.fixture(scope="session")
-def planted_programs(request, tmp_path_factory) -> Iterator[dict[str, Future[Path]]]:
-    """The program of each module of planted bugs, by its name: build_program(folder) of all whose
-    tests were chosen, as many at once as there are cores.
-    """
-    modules = dict.fromkeys(item.module for item in request.session.items)
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        yield {
-            module.__name__: pool.submit(module.build_program, tmp_path_factory.mktemp("planted"))
-            for module in modules
-            if hasattr(module, "build_program")
-        }
-        pool.shutdown(cancel_futures=True)  # of a run that was stopped
-
-
 @pytest.fixture(scope="module")
-def program(request, planted_programs) -> Path:
-    """The program of a module of planted bugs."""
-    return planted_programs[request.module.__name__].result()
-
-
-@pytest.fixture(scope="module")
-def started(request) -> Iterator[Callable[..., dict[Any, Future[Any]]]]:
-    """started(name, call) starts call(value) for each value of the parameter `name` in the chosen
-    tests of the module, as many at once as there are cores, and returns the futures by value.
+def started(request) -> Iterator[Callable[..., dict[tuple[Any, ...], Future[Any]]]]:
+    """started(call, *names) starts call(*values) for all values of the parameters `names` in the
+    chosen tests of the module, as many at once as there are cores, in the order in which it was
+    told, and returns the futures by the tuple of values.
     """
     with ThreadPoolExecutor(os.cpu_count()) as pool:
 
-        def start(name: str, call: Callable[[Any], Any]) -> dict[Any, Future[Any]]:
+        def start(call: Callable[..., Any], *names: str) -> dict[tuple[Any, ...], Future[Any]]:
             tests = [item for item in request.session.items if item.path == request.node.path]
             specs = [test.callspec.params for test in tests if hasattr(test, "callspec")]
-            values = [parameters[name] for parameters in specs if name in parameters]
-            return {value: pool.submit(call, value) for value in values}
+            specs = [parameters for parameters in specs if parameters.keys() >= {*names}]
+            found = dict.fromkeys(tuple(parameters[name] for name in names) for parameters in specs)
+            return {values: pool.submit(call, *values) for values in found}
 
         yield start
         pool.shutdown(cancel_futures=True)  # of a run that was stopped

@@ -43,12 +43,12 @@ def outcomes(tmp_path_factory, started):
             return run(CMAKE, "--build", folder, "--target", name)
         return run(folder / name)
 
-    return started("name", outcome)
+    return started(outcome, "name")
 
 
 @pytest.mark.parametrize("name", sorted(path.stem for path in SOURCES.glob("*_test.cpp")))
 def test_under_sanitizers(name, outcomes):
-    assert "all passed" in outcomes[name].result()
+    assert "all passed" in outcomes[name,].result()
 
 
 GPU = [ROOT / f"csrc/cuda/{name}.cuh" for name in ("launch", "memory", "mma", "warp")]

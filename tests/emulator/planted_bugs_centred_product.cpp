@@ -1,4 +1,4 @@
-// A few cases of the product of centred operands for tests/test_planted_bugs_centred_product.py,
+// A few cases of the product of centred operands for tests/planted_bugs/centred_product.py,
 // which builds this against a copy of csrc/ with bugs planted in it, and runs it with the number of
 // one of them; 0 is none. The first failure ends it.
 

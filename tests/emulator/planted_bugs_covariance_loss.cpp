@@ -1,5 +1,5 @@
 // A few cases of covariance_loss and of column moments for
-// tests/test_planted_bugs_covariance_loss.py, which builds this against a copy of csrc/ with bugs
+// tests/planted_bugs/covariance_loss.py, which builds this against a copy of csrc/ with bugs
 // planted in it, and runs it with the number of one of them; 0 is none. The first failure ends it.
 
 #include <cstdlib>

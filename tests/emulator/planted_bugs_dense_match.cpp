@@ -1,4 +1,4 @@
-// A few cases of dense_match for tests/test_planted_bugs_dense_match.py, which builds this against
+// A few cases of dense_match for tests/planted_bugs/dense_match.py, which builds this against
 // a copy of csrc/ with bugs planted in it, and runs it with the number of one of them; 0 is none.
 // The first failure ends it.
 

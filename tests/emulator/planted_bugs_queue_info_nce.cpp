@@ -1,4 +1,4 @@
-// A few cases of queue_info_nce for tests/test_planted_bugs_queue_info_nce.py, which builds this
+// A few cases of queue_info_nce for tests/planted_bugs/queue_info_nce.py, which builds this
 // against a copy of csrc/ with bugs planted in it, and runs it with the number of one of them; 0 is
 // none. The first failure ends it.
 

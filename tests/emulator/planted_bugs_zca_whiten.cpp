@@ -1,4 +1,4 @@
-// A few cases of zca_whiten for tests/test_planted_bugs_zca_whiten.py, which builds this against a
+// A few cases of zca_whiten for tests/planted_bugs/zca_whiten.py, which builds this against a
 // copy of csrc/ with bugs planted in it, and runs it with the number of one of them; 0 is none. The
 // first failure ends it.
 

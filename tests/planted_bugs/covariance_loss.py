@@ -1,13 +1,11 @@
 """Bugs planted in the CUDA kernels of covariance_loss: its tests on the emulator catch each.
 
-The product that they use is broken in tests/test_planted_bugs_centred_product.py.
+The product that they use is broken in centred_product.py.
 """
 
-import re
 from pathlib import Path
 
-import pytest
-from planting import OUTSIDE, RACE, Bug, build, copy_of_kernels, run
+from planted_bugs.planting import OUTSIDE, RACE, Bug, build, copy_of_kernels
 
 WRONG = r"(check|parts)\.h:\d+: "
 OUTSIDE_OR_WRONG = f"{OUTSIDE}|{WRONG}"
@@ -223,20 +221,3 @@ BUGS = [
 
 def build_program(folder: Path) -> Path:
     return build(copy_of_kernels(folder, BUGS), "planted_bugs_covariance_loss.cpp")
-
-
-@pytest.fixture(scope="module")
-def outcomes(program, started):
-    return started("bug", lambda bug: run(program, BUGS.index(bug) + 1))
-
-
-def test_without_a_bug_all_passes(program):
-    status, output = run(program, 0)
-    assert status == 0, output
-
-
-@pytest.mark.parametrize("bug", BUGS, ids=lambda bug: bug.name)
-def test_is_caught(bug, outcomes):
-    status, output = outcomes[bug].result()
-    assert status != 0, "nothing noticed"
-    assert re.search(bug.caught, output), output

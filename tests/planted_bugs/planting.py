@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 COMPILER = shutil.which(os.environ.get("CXX", "c++"))
 FLAGS = ["-std=c++20", "-O1", "-g1", "-w", "-fsanitize=address,undefined"]
 FLAGS += ["-fno-sanitize-recover=all"]

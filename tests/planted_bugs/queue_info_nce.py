@@ -3,8 +3,7 @@
 import re
 from pathlib import Path
 
-import pytest
-from planting import OUTSIDE, RACE, Bug, build, copy_of_kernels, run
+from planted_bugs.planting import OUTSIDE, RACE, Bug, build, copy_of_kernels
 
 WRONG = "expected (an error of the|a rank from|a loss of|a direction of)|rank: expected"
 NAN = "got -?nan"
@@ -341,20 +340,3 @@ def build_program(folder: Path) -> Path:
     assert count == 1
     path.write_text(text)
     return build(sources, "planted_bugs_queue_info_nce.cpp")
-
-
-@pytest.fixture(scope="module")
-def outcomes(program, started):
-    return started("bug", lambda bug: run(program, BUGS.index(bug) + 1))
-
-
-def test_without_a_bug_all_passes(program):
-    status, output = run(program, 0)
-    assert status == 0, output
-
-
-@pytest.mark.parametrize("bug", BUGS, ids=lambda bug: bug.name)
-def test_is_caught(bug, outcomes):
-    status, output = outcomes[bug].result()
-    assert status != 0, "nothing noticed"
-    assert re.search(bug.caught, output), output

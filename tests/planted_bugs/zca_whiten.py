@@ -3,11 +3,9 @@
 What it shares with covariance_loss (means, products of centred operands) is broken there.
 """
 
-import re
 from pathlib import Path
 
-import pytest
-from planting import OUTSIDE, RACE, Bug, build, copy_of_kernels, run
+from planted_bugs.planting import OUTSIDE, RACE, Bug, build, copy_of_kernels
 
 WRONG = "expected (a smaller error|NaN|a finite|eigenvalues|the matrix|orthogonal)"
 BEYOND = "out of bounds: shared bytes"
@@ -232,20 +230,3 @@ BUGS = [
 
 def build_program(folder: Path) -> Path:
     return build(copy_of_kernels(folder, BUGS), "planted_bugs_zca_whiten.cpp")
-
-
-@pytest.fixture(scope="module")
-def outcomes(program, started):
-    return started("bug", lambda bug: run(program, BUGS.index(bug) + 1))
-
-
-def test_without_a_bug_all_passes(program):
-    status, output = run(program, 0)
-    assert status == 0, output
-
-
-@pytest.mark.parametrize("bug", BUGS, ids=lambda bug: bug.name)
-def test_is_caught(bug, outcomes):
-    status, output = outcomes[bug].result()
-    assert status != 0, "nothing noticed"
-    assert re.search(bug.caught, output), output
