@@ -30,6 +30,13 @@ PRESETS: dict[str, dict[str, Any]] = {
     "mocov2": {"local": "none", "decorrelation": "none"},
     "densecl": {"local": "dense", "decorrelation": "none"},
     "medmoco": {"local": "coordinates", "decorrelation": "zca"},
+    # Jing et al. 2022: no projector; its loss, like its temperature, as published.
+    "directclr": {
+        "local": "none",
+        "decorrelation": "none",
+        "projector": "none",
+        "temperature": 0.1,
+    },
     # Hassanpour et al. 2024 as described, with the settings of the code that was released.
     "paper": {
         "local": "regions",
@@ -51,6 +58,8 @@ PRESETS: dict[str, dict[str, Any]] = {
 }
 COMMON: dict[str, Any] = {
     "width": 1.0,
+    "projector": "mlp",
+    "temperature": 0.2,
     "whiten_at": "pooled",
     "key_norm": "ema",
     "same": "slice",
@@ -60,6 +69,8 @@ COMMON: dict[str, Any] = {
     "epochs": 200,
 }
 MAX_WHITEN_GROUP = 64
+EMBED_DIM = 128
+DIRECT_SHARE = 360 / 2048  # of the features that directclr compares
 
 
 def resolve(config: Config, cache: SliceCache) -> Config:
@@ -122,7 +133,16 @@ def apply_data_defaults(config: Config, slices: int) -> Config:
         "amp_dtype": "float32" if device.type == "cpu" else "bfloat16",
         "workers": choose_workers(config.workers, device),
     }
-    return dataclasses.replace(config, **_unset(config, sized))
+    config = dataclasses.replace(config, **_unset(config, sized))
+    return dataclasses.replace(config, **_unset(config, {"embed_dim": embed_dim(config)}))
+
+
+def embed_dim(config: "PretrainConfig") -> int:
+    """Length of an embedding where --embed-dim leaves it open."""
+    if config.projector != "none":
+        return EMBED_DIM
+    with torch.device("meta"):
+        return max(1, round(DIRECT_SHARE * Encoder(config.arch, config.width).channels[-1]))
 
 
 def whitening_group(config: "PretrainConfig", channels: int) -> int:
@@ -176,12 +196,17 @@ def build_model(config: "PretrainConfig") -> MoCo:
             f"expected at least {config.regions} x {config.regions} cells, got {cells} x {cells} "
             f"(--image-size {config.image_size}, --output-stride {config.output_stride})"
         )
+    if config.projector == "none" and config.embed_dim > encoder.channels[-1]:
+        raise UserError(
+            f"--embed-dim {config.embed_dim}: without projector an embedding is taken from the "
+            f"features: expected at most {encoder.channels[-1]}"
+        )
     whitening = _whitening(config, encoder)
     if whitening is not None and config.whiten_at == "last-norm":
         replace_last_norm(encoder, whitening)
         whitening = None
     return MoCo(
-        Branch(encoder, config.embed_dim, whitening, local=config.local != "none"),
+        Branch(encoder, config.embed_dim, whitening, config.local != "none", config.projector),
         queue_size=config.queue_size,
         momentum=config.momentum,
         temperature=config.temperature,

@@ -47,7 +47,16 @@ class PretrainConfig:
     batch_size: int = option(None, "slices a step; default up to 256, by their number", least=2)
     lr: float = option(None, "learning rate; default 0.03 * batch size / 256", above=0)
     weight_decay: float = option(None, f"of SGD; default {COMMON['weight_decay']}", least=0)
-    embed_dim: int = option(128, "length of an embedding", least=1)
+    projector: str = option(
+        None,
+        "between pooled features and embedding; none takes the first features as they are; "
+        f"default {COMMON['projector']}",
+        choices=("mlp", "none"),
+    )
+    embed_dim: int = option(
+        None, "length of an embedding; default 128, or 18% of the features without projector",
+        least=1,
+    )  # fmt: skip
     queue_size: int = option(
         None, "keys in the queue; default a quarter of the slices, up to 65536", least=1
     )
@@ -57,7 +66,9 @@ class PretrainConfig:
         least=0,
         most=1,
     )
-    temperature: float = option(0.2, "divides the logits", above=0)
+    temperature: float = option(
+        None, f"divides the logits; default {COMMON['temperature']}", above=0
+    )
     key_norm: str = option(
         None, f"statistics of the keys; default {COMMON['key_norm']}", choices=("ema", "shuffle")
     )

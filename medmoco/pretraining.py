@@ -37,7 +37,7 @@ OVERSAMPLING = 1.5  # finer pixels than the image's are kept up to here, for cro
 # A checkpoint goes on only where these agree: they shape the model, or the road that it takes.
 IDENTITY = (
     *("method", "arch", "width", "image_size", "output_stride", "embed_dim", "queue_size"),
-    *("local", "decorrelation", "key_norm", "batch_size", "epochs", "seed"),
+    *("projector", "local", "decorrelation", "key_norm", "batch_size", "epochs", "seed"),
 )
 
 

@@ -1,6 +1,8 @@
 """What a method or a flag makes of the model."""
 
 import pytest
+import torch
+from torch.nn import functional
 
 from medmoco.errors import UserError
 from medmoco.methods import apply_data_defaults, apply_preset, build_model
@@ -21,6 +23,7 @@ def model_of(**flags) -> MoCo:
         ("mocov2", "none", "ema", None),
         ("densecl", "dense", "ema", None),
         ("medmoco", "coordinates", "ema", ZCAWhitening),
+        ("directclr", "none", "ema", None),
         ("paper", "regions", "shuffle", IterNorm),
     ],
 )
@@ -68,3 +71,19 @@ def test_covariance_penalty_weighs_what_its_flag_says_where_it_is_asked_for():
     assert model_of(method="mocov2", covariance_weight=0.3).covariance_weight == 0
     asked = model_of(method="mocov2", decorrelation="covariance", covariance_weight=0.3)
     assert asked.covariance_weight == 0.3
+
+
+def test_directclr_compares_the_first_features_themselves():
+    model = model_of(method="directclr")
+    assert model.temperature == 0.1
+    embedding = model.query.eval()(torch.rand(4, 1, 32, 32))
+    assert embedding.pooled.shape == (4, 64) and embedding.projection.shape == (4, 11)
+    first = functional.normalize(embedding.pooled[:, :11], dim=1)
+    torch.testing.assert_close(embedding.projection, first)
+    assert model_of(method="directclr", embed_dim=20).queue.keys.shape == (16, 20)
+
+
+def test_an_embedding_without_projector_is_no_longer_than_the_features():
+    with pytest.raises(UserError, match=r"--embed-dim 65: .* expected at most 64"):
+        model_of(method="mocov2", projector="none", embed_dim=65)
+    assert model_of(method="mocov2", embed_dim=65).queue.keys.shape == (16, 65)

@@ -6,7 +6,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from medmoco.models.encoder import Encoder
-from medmoco.models.heads import LocalHead, ProjectionHead
+from medmoco.models.heads import LocalHead, ProjectionHead, Subvector
 
 
 class Embedding(NamedTuple):
@@ -19,17 +19,29 @@ class Embedding(NamedTuple):
 
 
 class Branch(nn.Module):
-    """Encoder, optional whitening of the pooled features, projector, optional local head."""
+    """Encoder, optional whitening of the pooled features, projector, optional local head.
+
+    The projector is "mlp", or "none": then the first `embed_dim` features are what is compared.
+    """
 
     def __init__(
-        self, encoder: Encoder, embed_dim: int, whitening: nn.Module | None, local: bool
+        self,
+        encoder: Encoder,
+        embed_dim: int,
+        whitening: nn.Module | None,
+        local: bool,
+        projector: str = "mlp",
     ) -> None:
         super().__init__()
         channels = encoder.channels[-1]
         self.embed_dim = embed_dim
         self.encoder = encoder
         self.whitening = whitening
-        self.projector = ProjectionHead(channels, channels, embed_dim)
+        self.projector = (
+            Subvector(embed_dim)
+            if projector == "none"
+            else ProjectionHead(channels, channels, embed_dim)
+        )
         self.local_head = LocalHead(channels, channels, embed_dim) if local else None
 
     def forward(self, images: Tensor) -> Embedding:

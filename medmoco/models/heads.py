@@ -1,6 +1,6 @@
 """Heads between encoder and loss. Their outputs are not normalised."""
 
-from torch import nn
+from torch import Tensor, nn
 
 
 class ProjectionHead(nn.Sequential):
@@ -13,6 +13,20 @@ class ProjectionHead(nn.Sequential):
         super().__init__(
             nn.Linear(in_dim, hidden_dim), nn.ReLU(inplace=True), nn.Linear(hidden_dim, out_dim)
         )
+
+
+class Subvector(nn.Module):
+    """The first features of each vector, (B, in_dim) -> (B, out_dim): DirectCLR's projector [1].
+
+    [1] Jing et al., 2022, arXiv:2110.09348.
+    """
+
+    def __init__(self, out_dim: int) -> None:
+        super().__init__()
+        self.out_dim = out_dim
+
+    def forward(self, features: Tensor) -> Tensor:
+        return features[:, : self.out_dim]
 
 
 class LocalHead(nn.Sequential):
