@@ -164,7 +164,7 @@ def describe_environment(device: torch.device) -> dict[str, Any]:
     return {
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "command": "python " + shlex.join(_short_path(argument) for argument in sys.argv),
-        "commit": _commit(),
+        "commit": commit(),
         "medmoco": medmoco.__version__,
         "torch": torch.__version__,
         "python": platform.python_version(),
@@ -201,7 +201,7 @@ def environment_text(environment: dict[str, Any]) -> str:
     )
 
 
-def _commit() -> str:
+def commit() -> str:
     commit = first_line("git", "-C", str(ROOT), "rev-parse", "--short=12", "HEAD")
     changed = first_line("git", "-C", str(ROOT), "status", "--porcelain", "--untracked-files=no")
     return commit + (", with uncommitted changes" if changed else "") if commit else "unknown"

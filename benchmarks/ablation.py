@@ -1,0 +1,144 @@
+"""Measures what each part of a method brings to segmentation: variants x seeds, a row a run.
+
+    python benchmarks/ablation.py --task DIR --split FILE --output DIR
+    python benchmarks/ablation.py --output DIR --quick
+
+A run pretrains one variant with one seed, then trains a linear decoder on its frozen features and
+fine-tunes U-Nets with few labelled volumes, always the same ones. OUTPUT/runs.csv gets a row a run
+as soon as it is done, OUTPUT/dice.csv the Dice of every test volume, model and class; runs that have
+their row are left out, one that was stopped goes on where it was. `random` is the control: nothing
+is pretrained. --quick is a run of minutes, on phantoms unless there is a task, that says nothing
+about any method.
+"""
+
+import argparse
+import csv
+import dataclasses
+import io
+import sys
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ablation_run import DIAGNOSTICS, Experiment, Score, run
+from medmoco.command import run_command
+from medmoco.data.phantom import generate_phantom
+from medmoco.data.splits import split_task, write_split
+from medmoco.data.task import read_task
+from medmoco.errors import UserError
+from reporting import commit
+from variants import FACTORIAL, RANDOM, SCALES, VARIANTS
+
+HIPPOCAMPUS = Path(__file__).parent / "splits" / "hippocampus.json"
+
+
+def columns(labels: Iterable[int]) -> list[str]:
+    """The header of runs.csv."""
+    of_features = [f"{part}_{name}" for part in ("features", "embeddings") for name in DIAGNOSTICS]
+    return [
+        *("variant", "seed", "scale", "linear_dice", *(f"finetune_dice_{n}" for n in labels)),
+        *("loss", "chance", "loss_of_chance", *of_features, "samples", "dimensions"),
+        *("weight_decay", "pretrain_seconds", "seconds", "device", "torch", "commit"),
+    ]
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Runs what has no row yet."""
+    flags = _parser().parse_args(argv)
+    scale = SCALES["quick" if flags.quick else flags.scale]
+    task, split = _data(flags)
+    experiment = Experiment(task, split, flags.output, scale, flags.device)
+    header = columns(scale.labels)
+    rows, dice = flags.output / "runs.csv", flags.output / "dice.csv"
+    done = {(row["variant"], int(row["seed"])) for row in read_rows(rows, header)}
+    wanted = [(variant, seed) for seed in flags.seeds for variant in flags.variants]
+    about = {
+        "scale": "quick" if flags.quick else flags.scale,
+        "device": flags.device or ("cuda" if torch.cuda.is_available() else "cpu"),
+        "torch": torch.__version__,
+        "commit": commit(),
+    }
+    for number, (variant, seed) in enumerate(wanted, 1):
+        if (variant, seed) in done:
+            continue
+        print(f"--- {number} of {len(wanted)}: {variant}, seed {seed}", flush=True)
+        row, scores = run(experiment, variant, seed)
+        append(dice, [field.name for field in dataclasses.fields(Score)], map(_plain, scores))
+        append(rows, header, [row | about])
+        print(f"{variant}, seed {seed}: linear {row['linear_dice']:.3f}, {row['seconds']:.0f} s")
+    print(f"rows: {rows}\nDice: {dice}")
+
+
+def _data(flags: argparse.Namespace) -> tuple[Path, Path]:
+    """The task and its split: as flags say or, to try everything out, of phantoms."""
+    if flags.task is not None:
+        return flags.task, flags.split
+    if not flags.quick:
+        raise UserError("--task: expected the folder of a labelled data set, got none")
+    flags.output.mkdir(parents=True, exist_ok=True)
+    task = generate_phantom(flags.output / "phantom", patients=10, size=48, slices=24)
+    split = flags.output / "split.json"
+    write_split(split, split_task(read_task(task)))
+    return task, split
+
+
+def read_rows(path: Path, header: Sequence[str]) -> list[dict[str, str]]:
+    """The rows of a table, none if there is none.
+
+    Raises:
+        UserError: its columns are other ones.
+    """
+    if not path.is_file():
+        return []
+    with path.open(newline="", encoding="utf-8") as file:
+        reader = csv.DictReader(file)
+        if list(reader.fieldnames or ()) != list(header):
+            raise UserError(f"{path}: expected the columns of this version, got other ones")
+        return list(reader)
+
+
+def append(path: Path, header: Sequence[str], rows: Iterable[dict[str, Any]]) -> None:
+    """Adds rows to a table, in one write; what has no value stays empty."""
+    text = io.StringIO()
+    writer = csv.DictWriter(text, header, lineterminator="\n")
+    if not path.exists():
+        writer.writeheader()
+    writer.writerows({name: _rounded(row.get(name)) for name in header} for row in rows)
+    with path.open("a", encoding="utf-8", newline="") as file:
+        file.write(text.getvalue())
+
+
+def _plain(score: Score) -> dict[str, Any]:
+    return dataclasses.asdict(score)
+
+
+def _rounded(value: Any) -> Any:
+    return f"{value:.5g}" if isinstance(value, float) else value
+
+
+def _parser() -> argparse.ArgumentParser:
+    description, _, rest = (__doc__ or "").partition("\n\n")
+    parser = argparse.ArgumentParser(
+        description=description,
+        epilog=rest,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    add = parser.add_argument
+    names = (*VARIANTS, RANDOM)
+    add("--task", type=Path, help="labelled data; its images are pretrained on")
+    add("--split", type=Path, default=HIPPOCAMPUS, help="default: that of the hippocampus set")
+    add("--output", type=Path, required=True, help="folder of tables and runs; may hold some")
+    add("--scale", choices=("cpu", "gpu"), default="cpu", help="default: cpu")
+    add("--quick", action="store_true", help="smallest sizes")
+    add("--variants", nargs="+", choices=names, default=(*FACTORIAL, RANDOM), metavar="NAME",
+        help=f"of {', '.join(names)}; default: the 2 x 2 and the control")  # fmt: skip
+    add("--seeds", nargs="+", type=int, default=list(range(5)), help="default: 0 1 2 3 4")
+    add("--device", help="cpu, cuda or cuda:N; default: cuda where there is one")
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(run_command(main))

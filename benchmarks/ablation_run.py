@@ -1,0 +1,201 @@
+"""One run of the ablation: pretrain a variant with a seed, then measure what its features hold."""
+
+import dataclasses
+import json
+import math
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from medmoco.config import to_json
+from medmoco.data.splits import Split
+from medmoco.downstream import Segmentation
+from medmoco.finetune import EMPTY_SHARE
+from medmoco.labelled import foreground_slices
+from medmoco.methods import resolve
+from medmoco.models.encoder import Encoder, load_encoder
+from medmoco.output import write_json
+from medmoco.pretrain import open_slices
+from medmoco.pretraining import Pretraining
+from medmoco.segment import SegmentConfig, prepare
+from medmoco.train import TrainConfig, kept_from_pretraining
+from variants import RANDOM, VARIANTS, Scale
+
+DIAGNOSTICS = ("rankme", "rankme_centred", "rank_share", "alpha_req")
+DIAGNOSTICS += ("mean_abs_correlation", "std_sqrt_d", "mean_share")
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """What all runs share.
+
+    Attributes:
+        task: labelled folder; its images are pretrained on, too.
+        split: file that tells which cases are for pretraining, labels and tests.
+        output: folder of all runs and tables.
+        scale: the size of a run.
+        overrides: flags of pretraining that win over the variant's and the scale's.
+    """
+
+    task: Path
+    split: Path
+    output: Path
+    scale: Scale
+    device: str | None = None
+    overrides: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Score:
+    """Dice of one test volume and class, of one trained model. None: absent, and not predicted."""
+
+    variant: str
+    seed: int
+    stage: str  # linear, finetune
+    labels: int  # labelled volumes that were trained on
+    draw: int  # of those
+    volume: str
+    organ: str
+    dice: float | None
+
+
+def run(experiment: Experiment, variant: str, seed: int) -> tuple[dict[str, Any], list[Score]]:
+    """Does what is not done yet, and returns the run's row and its scores.
+
+    Raises:
+        UserError: what is wrong with task, split or flags.
+    """
+    started = time.monotonic()
+    folder = experiment.output / "runs" / f"{variant}-{seed}"
+    folder.mkdir(parents=True, exist_ok=True)
+    pretraining = _pretraining(experiment, variant, seed, folder)
+    row: dict[str, Any] = {"variant": variant, "seed": seed}
+    encoder = None
+    if variant != RANDOM:
+        row |= _pretrained(pretraining, folder)
+        encoder, _ = load_encoder(folder / "encoder.pt")
+    row["pretrain_seconds"] = round(time.monotonic() - started, 1)
+    segmentation = _segmentation(experiment, pretraining, seed)
+    scores = _linear(segmentation, encoder, variant, folder, row)
+    for labels in experiment.scale.labels:
+        scores += _finetuned(segmentation, experiment.scale, encoder, variant, labels, folder, row)
+    row["seconds"] = round(time.monotonic() - started, 1)
+    return row, scores
+
+
+def _pretraining(experiment: Experiment, variant: str, seed: int, folder: Path) -> Pretraining:
+    flags = experiment.scale.flags | VARIANTS.get(variant, VARIANTS["mocov2"])
+    config = TrainConfig(
+        **(flags | experiment.overrides),
+        data=experiment.task,
+        task=experiment.task,
+        split=experiment.split,
+        output=folder,
+        cache=experiment.output / "cache",
+        device=experiment.device,
+        seed=seed,
+        resume=(folder / "checkpoints" / "last.pt").is_file(),
+    )
+    cache = open_slices(config, exclude=kept_from_pretraining(config))
+    config = resolve(config, cache)
+    write_json(folder / "flags.json", to_json(config))
+    return Pretraining(config, cache)
+
+
+def _pretrained(pretraining: Pretraining, folder: Path) -> dict[str, Any]:
+    """Trains unless that is done; what is known of the loss and the features at the end."""
+    path = folder / "diagnostics.json"
+    if not path.is_file():
+        write_json(path, pretraining.run() | {"chance": pretraining.chance})
+    found = json.loads(path.read_text(encoding="utf-8"))
+    row = {"loss": found["loss"], "chance": found["chance"]}
+    row["loss_of_chance"] = found["loss"] / found["chance"]
+    for part in ("features", "embeddings"):
+        row |= {f"{part}_{name}": found[part][name] for name in DIAGNOSTICS}
+    row["samples"], row["dimensions"] = (
+        found["features"]["samples"],
+        found["features"]["dimensions"],
+    )
+    return row
+
+
+def _segmentation(experiment: Experiment, pretraining: Pretraining, seed: int) -> Segmentation:
+    config = pretraining.config
+    return prepare(
+        SegmentConfig(
+            task=experiment.task,
+            split=experiment.split,
+            cache=config.cache,
+            arch=config.arch,
+            width=config.width,
+            device=config.device,
+            seed=seed,
+        ),
+        pretraining.metadata(),
+    )
+
+
+def _linear(
+    segmentation: Segmentation,
+    encoder: Encoder | None,
+    variant: str,
+    folder: Path,
+    row: dict[str, Any],
+) -> list[Score]:
+    result = segmentation.run("linear", "pretrained" if encoder else "random", encoder, folder)
+    row["linear_dice"] = result["dice_mean"]
+    row |= {f"linear_dice_{name}": dice for name, dice in result["dice_per_class"].items()}
+    row["weight_decay"] = result["weight_decay"]
+    return _scores(result, variant, row["seed"], "linear", len(segmentation.split.train), 0)
+
+
+def _finetuned(
+    segmentation: Segmentation,
+    scale: Scale,
+    encoder: Encoder | None,
+    variant: str,
+    labels: int,
+    folder: Path,
+    row: dict[str, Any],
+) -> list[Score]:
+    train = segmentation.split.train
+    scores, means = [], []
+    for draw in range(1 if labels >= len(train) else scale.draws):
+        chosen = drawn(train, labels, draw)
+        few = _with_labels(segmentation, chosen, scale.steps)
+        output = folder / f"labels-{len(chosen)}-draw-{draw}"
+        output.mkdir(exist_ok=True)
+        result = few.run("finetune", "pretrained" if encoder else "scratch", encoder, output)
+        means.append(result["dice_mean"])
+        scores += _scores(result, variant, row["seed"], "finetune", len(chosen), draw)
+    row[f"finetune_dice_{labels}"] = sum(means) / len(means)
+    return scores
+
+
+def drawn(train: tuple[str, ...], labels: int, draw: int) -> tuple[str, ...]:
+    """So many of the volumes, the same for every variant and seed; more hold the fewer."""
+    order = np.random.default_rng(draw).permutation(len(train))
+    return tuple(sorted(train[i] for i in order[:labels]))
+
+
+def _with_labels(segmentation: Segmentation, chosen: tuple[str, ...], steps: int) -> Segmentation:
+    """The same task with these labels alone, and a schedule of so many steps."""
+    cache, config = segmentation.cache, segmentation.config
+    full = int(foreground_slices(cache, cache.indices_of(chosen)).sum())
+    batches = math.ceil(full * (1 + EMPTY_SHARE) / config.batch_size)
+    config = dataclasses.replace(config, epochs=max(1, round(steps / batches)))
+    split = Split(segmentation.split.pretrain, chosen, segmentation.split.test)
+    return Segmentation(config, cache, split, segmentation.grid)
+
+
+def _scores(
+    result: dict[str, Any], variant: str, seed: int, stage: str, labels: int, draw: int
+) -> list[Score]:
+    return [
+        Score(variant, seed, stage, labels, draw, volume, organ, dice)
+        for volume, organs in result["dice_per_volume"].items()
+        for organ, dice in organs.items()
+    ]

@@ -1,0 +1,82 @@
+"""What the ablation compares, and at which size."""
+
+from dataclasses import dataclass
+from typing import Any
+
+# Flags of pretraining. The first four are a 2 x 2: local learning, decorrelation.
+VARIANTS: dict[str, dict[str, Any]] = {
+    "mocov2": {"method": "mocov2"},
+    "local": {"method": "mocov2", "local": "coordinates"},
+    "zca": {"method": "mocov2", "decorrelation": "zca"},
+    "medmoco": {"method": "medmoco"},
+    "densecl": {"method": "densecl"},
+    "directclr": {"method": "directclr"},
+    "regions-3": {"method": "mocov2", "local": "regions", "regions": 3},
+    "regions-4": {"method": "mocov2", "local": "regions", "regions": 4},
+    "dense": {"method": "mocov2", "local": "dense"},
+    "dense-zca": {"method": "mocov2", "local": "dense", "decorrelation": "zca"},
+    "zca-last-norm": {"method": "mocov2", "decorrelation": "zca", "whiten_at": "last-norm"},
+    "iternorm": {"method": "mocov2", "decorrelation": "iternorm"},
+    "iternorm-last-norm": {
+        "method": "mocov2",
+        "decorrelation": "iternorm",
+        "whiten_at": "last-norm",
+    },
+    "covariance": {"method": "mocov2", "decorrelation": "covariance"},
+    "local-covariance": {
+        "method": "mocov2",
+        "local": "coordinates",
+        "decorrelation": "covariance",
+    },
+    "shuffle": {"method": "mocov2", "key_norm": "shuffle"},
+    "same-volume": {"method": "mocov2", "same": "volume"},
+    "same-none": {"method": "mocov2", "same": "none"},
+}
+FACTORIAL = ("mocov2", "local", "zca", "medmoco")
+# The control that learns nothing: a random encoder, its BatchNorm recalibrated; U-Nets from scratch.
+RANDOM = "random"
+
+
+@dataclass(frozen=True)
+class Scale:
+    """What a run costs.
+
+    Attributes:
+        flags: of pretraining, whatever the variant.
+        labels: numbers of labelled volumes that a U-Net is fine-tuned with.
+        draws: how often these are drawn; all volumes are drawn once.
+        steps: of each fine-tuning.
+    """
+
+    flags: dict[str, Any]
+    labels: tuple[int, ...]
+    draws: int
+    steps: int
+
+
+SCALES = {
+    # At most 5 minutes a run on two cores.
+    "cpu": Scale(
+        {"arch": "resnet18", "width": 0.25, "image_size": 64, "output_stride": 8, "epochs": 10}
+        | {"batch_size": 128, "slice_axis": 1},
+        labels=(3, 30),
+        draws=2,
+        steps=100,
+    ),
+    # At most a minute a run on a Hopper GPU.
+    "gpu": Scale(
+        {"arch": "resnet18", "image_size": 64, "output_stride": 4, "epochs": 100}
+        | {"batch_size": 128, "slice_axis": 1},
+        labels=(1, 3, 10, 30),
+        draws=5,
+        steps=400,
+    ),
+    # To see that all of it runs.
+    "quick": Scale(
+        {"arch": "resnet18", "width": 0.125, "image_size": 32, "output_stride": 8, "epochs": 1}
+        | {"batch_size": 64, "slice_axis": 1},
+        labels=(1, 2),
+        draws=2,
+        steps=4,
+    ),
+}
