@@ -5,10 +5,10 @@
 
 A run pretrains one variant with one seed, then trains a linear decoder on its frozen features and
 fine-tunes U-Nets with few labelled volumes, always the same ones. OUTPUT/runs.csv gets a row a run
-as soon as it is done, OUTPUT/dice.csv the Dice of every test volume, model and class; runs that have
-their row are left out, one that was stopped goes on where it was. `random` is the control: nothing
-is pretrained. --quick is a run of minutes, on phantoms unless there is a task, that says nothing
-about any method.
+as soon as it is done, OUTPUT/dice.csv the Dice of every test volume, model and class. Runs that
+have their row are left out, one that was stopped goes on where it was. `random` is the control:
+nothing is pretrained. --quick is a run of minutes, on phantoms unless there is a task, that says
+nothing about any method.
 """
 
 import argparse

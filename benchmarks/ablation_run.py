@@ -24,7 +24,7 @@ from medmoco.segment import SegmentConfig, prepare
 from medmoco.train import TrainConfig, kept_from_pretraining
 from variants import RANDOM, VARIANTS, Scale
 
-DIAGNOSTICS = ("rankme", "rankme_centred", "rank_share", "alpha_req")
+DIAGNOSTICS: tuple[str, ...] = ("rankme", "rankme_centred", "rank_share", "alpha_req")
 DIAGNOSTICS += ("mean_abs_correlation", "std_sqrt_d", "mean_share")
 
 

@@ -33,7 +33,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "same-none": {"method": "mocov2", "same": "none"},
 }
 FACTORIAL = ("mocov2", "local", "zca", "medmoco")
-# The control that learns nothing: a random encoder, its BatchNorm recalibrated; U-Nets from scratch.
+# The control: a random encoder, its BatchNorm recalibrated; U-Nets trained from scratch.
 RANDOM = "random"
 
 
@@ -57,7 +57,7 @@ class Scale:
 SCALES = {
     # At most 5 minutes a run on two cores.
     "cpu": Scale(
-        {"arch": "resnet18", "width": 0.25, "image_size": 64, "output_stride": 8, "epochs": 10}
+        {"arch": "resnet18", "width": 0.25, "image_size": 64, "output_stride": 8, "epochs": 5}
         | {"batch_size": 128, "slice_axis": 1},
         labels=(3, 30),
         draws=2,
