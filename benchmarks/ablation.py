@@ -4,11 +4,11 @@
     python benchmarks/ablation.py --output DIR --quick
 
 A run pretrains one variant with one seed, then trains a linear decoder on its frozen features and
-fine-tunes U-Nets with few labelled volumes, always the same ones. OUTPUT/runs.csv gets a row a run
-as soon as it is done, OUTPUT/dice.csv the Dice of every test volume, model and class. Runs that
-have their row are left out, one that was stopped goes on where it was. `random` is the control:
-nothing is pretrained. --quick is a run of minutes, on phantoms unless there is a task, that says
-nothing about any method.
+fine-tunes U-Nets with few labelled volumes, always the same ones. As soon as it is done OUTPUT
+gets a row in runs.csv, the Dice of every test volume, model and class in dice.csv, and the
+eigenvalues of features and embeddings in spectra.jsonl. Runs that have their row are left out, one
+that was stopped goes on where it was. `random` is the control: nothing is pretrained. --quick is a
+run of minutes, on phantoms unless there is a task, that says nothing about any method.
 """
 
 import argparse
@@ -28,9 +28,11 @@ from medmoco.data.phantom import generate_phantom
 from medmoco.data.splits import split_task, write_split
 from medmoco.data.task import read_task
 from medmoco.errors import UserError
+from medmoco.output import append_jsonl
 from reporting import commit
 from variants import FACTORIAL, RANDOM, SCALES, VARIANTS
 
+RUNS, DICE, SPECTRA = "runs.csv", "dice.csv", "spectra.jsonl"
 HIPPOCAMPUS = Path(__file__).parent / "splits" / "hippocampus.json"
 
 
@@ -51,7 +53,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     task, split = _data(flags)
     experiment = Experiment(task, split, flags.output, scale, flags.device)
     header = columns(scale.labels)
-    rows, dice = flags.output / "runs.csv", flags.output / "dice.csv"
+    rows, dice, spectra = (flags.output / name for name in (RUNS, DICE, SPECTRA))
     done = {(row["variant"], int(row["seed"])) for row in read_rows(rows, header)}
     wanted = [(variant, seed) for seed in flags.seeds for variant in flags.variants]
     about = {
@@ -66,9 +68,12 @@ def main(argv: Sequence[str] | None = None) -> None:
         print(f"--- {number} of {len(wanted)}: {variant}, seed {seed}", flush=True)
         row, scores = run(experiment, variant, seed)
         append(dice, [field.name for field in dataclasses.fields(Score)], map(_plain, scores))
+        if "features_spectrum" in row:
+            append_jsonl(spectra, spectra_of(row))
         append(rows, header, [row | about])
         print(f"{variant}, seed {seed}: linear {row['linear_dice']:.3f}, {row['seconds']:.0f} s")
     print(f"rows: {rows}\nDice: {dice}")
+    print(f"next: python benchmarks/ablation_report.py {flags.output}")
 
 
 def _data(flags: argparse.Namespace) -> tuple[Path, Path]:
@@ -108,6 +113,15 @@ def append(path: Path, header: Sequence[str], rows: Iterable[dict[str, Any]]) ->
     writer.writerows({name: _rounded(row.get(name)) for name in header} for row in rows)
     with path.open("a", encoding="utf-8", newline="") as file:
         file.write(text.getvalue())
+
+
+def spectra_of(row: dict[str, Any]) -> dict[str, Any]:
+    """The eigenvalues of a run, to four digits."""
+    spectra = {
+        part: [float(f"{value:.4g}") for value in row[f"{part}_spectrum"]]
+        for part in ("features", "embeddings")
+    }
+    return {"variant": row["variant"], "seed": row["seed"], **spectra}
 
 
 def _plain(score: Score) -> dict[str, Any]:

@@ -88,14 +88,14 @@ def run(experiment: Experiment, variant: str, seed: int) -> tuple[dict[str, Any]
 
 def _pretraining(experiment: Experiment, variant: str, seed: int, folder: Path) -> Pretraining:
     flags = experiment.scale.flags | VARIANTS.get(variant, VARIANTS["mocov2"])
+    flags |= experiment.overrides | {"device": experiment.device}
     config = TrainConfig(
-        **(flags | experiment.overrides),
+        **flags,
         data=experiment.task,
         task=experiment.task,
         split=experiment.split,
         output=folder,
         cache=experiment.output / "cache",
-        device=experiment.device,
         seed=seed,
         resume=(folder / "checkpoints" / "last.pt").is_file(),
     )
@@ -115,6 +115,7 @@ def _pretrained(pretraining: Pretraining, folder: Path) -> dict[str, Any]:
     row["loss_of_chance"] = found["loss"] / found["chance"]
     for part in ("features", "embeddings"):
         row |= {f"{part}_{name}": found[part][name] for name in DIAGNOSTICS}
+        row[f"{part}_spectrum"] = found[part]["spectrum"]
     row["samples"], row["dimensions"] = (
         found["features"]["samples"],
         found["features"]["dimensions"],

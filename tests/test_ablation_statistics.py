@@ -1,12 +1,8 @@
 """The ablation's statistics: differences, intervals over seeds and volumes, corrections."""
 
-import sys
-from pathlib import Path
-
 import numpy as np
 import pytest
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 
 from ablation_statistics import EFFECTS, effect, holm, mean_over_organs
 

@@ -1,0 +1,220 @@
+"""Tables and plots of the ablation, from its tables alone.
+
+    python benchmarks/ablation_report.py OUTPUT
+
+Reads OUTPUT/runs.csv, dice.csv and spectra.jsonl; prints the tables as Markdown, and writes
+OUTPUT/spectra.png, dice_and_rank.png and dice_and_labels.png.
+"""
+
+import argparse
+import csv
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from matplotlib.figure import Figure
+
+from ablation import DICE, RUNS, SPECTRA
+from ablation_statistics import (
+    EFFECTS,
+    LEAST_SEEDS,
+    effect,
+    holm,
+    mean_over_organs,
+)
+from medmoco.command import run_command
+from medmoco.errors import UserError
+from variants import FACTORIAL, RANDOM, VARIANTS
+
+NOTHING = "-"
+CHANCE = 0.95  # of log(K + 1): a loss above it has hardly left chance
+DPI = 120
+
+Row = dict[str, str]
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Prints the tables, writes the plots."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n\n")[0])
+    parser.add_argument("output", type=Path, help="folder of the tables")
+    folder = parser.parse_args(argv).output
+    runs, dice = read_table(folder / RUNS), read_table(folder / DICE)
+    print(variant_table(runs))
+    print(f"\n{effect_table(dice)}")
+    plots = {
+        "dice_and_rank.png": rank_plot(runs),
+        "dice_and_labels.png": labels_plot(runs),
+        "spectra.png": spectra_plot(read_spectra(folder / SPECTRA)),
+    }
+    print()
+    for name, figure in plots.items():
+        figure.savefig(folder / name, dpi=DPI)
+        print(f"wrote {folder / name}")
+
+
+def read_table(path: Path) -> list[Row]:
+    """The rows of a CSV.
+
+    Raises:
+        UserError: there is no such file, or it has no row.
+    """
+    if not path.is_file():
+        raise UserError(f"{path}: expected a table of the ablation, found none")
+    with path.open(newline="", encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    if not rows:
+        raise UserError(f"{path}: expected a row or more, got none")
+    return rows
+
+
+def read_spectra(path: Path) -> list[dict[str, Any]]:
+    if not path.is_file():
+        return []
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def variant_table(runs: Sequence[Row]) -> str:
+    """A line a variant: means over seeds, and in brackets the least and the largest."""
+    labels = labels_of(runs)
+    header = ["variant", "seeds", "linear Dice", *(f"U-Net, {n} labels" for n in labels)]
+    header += ["loss / chance", "rank of features", "of dimensions", "mean abs. correlation", ""]
+    lines = [header, ["---"] * len(header)]
+    floor = _mean(runs, RANDOM, "linear_dice")
+    for variant in variants_of(runs):
+        own = [row for row in runs if row["variant"] == variant]
+        cells = [variant, str(len(own)), _spread(own, "linear_dice", 100)]
+        cells += [_spread(own, f"finetune_dice_{n}", 100) for n in labels]
+        cells += [_spread(own, "loss_of_chance", 1, 2), _spread(own, "features_rankme_centred")]
+        cells += [
+            own[0]["dimensions"] or NOTHING,
+            _spread(own, "features_mean_abs_correlation", 1, 2),
+        ]
+        lines.append([*cells, failure(own, floor)])
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
+
+
+def failure(runs: Sequence[Row], floor: float | None) -> str:
+    """Why no claim is made over these runs, or nothing."""
+    losses = [float(row["loss_of_chance"]) for row in runs if row["loss_of_chance"]]
+    reasons = []
+    if losses and np.mean(losses) > CHANCE:
+        reasons.append("the loss has hardly left chance")
+    linear = np.mean([float(row["linear_dice"]) for row in runs])
+    if floor is not None and runs[0]["variant"] != RANDOM and linear < floor:
+        reasons.append("its probe is below that of random features")
+    return f"failed: {' and '.join(reasons)}" if reasons else ""
+
+
+def effect_table(dice: Sequence[Row]) -> str:
+    """The effects of the 2 x 2 in points of Dice, on the linear decoder and on U-Nets."""
+    header = ["effect", "on", "points", "95 % interval", "p (Holm)", "single seeds"]
+    lines = [header, ["---"] * len(header)]
+    stages: list[tuple[str, str, int | None]] = [("linear decoder", "linear", None)]
+    counts = sorted({int(row["labels"]) for row in dice if row["stage"] == "finetune"})
+    stages += [(f"U-Net, {count} labels", "finetune", count) for count in counts]
+    for title, stage, count in stages:
+        scores = mean_over_organs(dice, stage, count)
+        if not scores.keys() >= set(FACTORIAL) or not scores[FACTORIAL[0]].size:
+            continue
+        effects = [effect(name, weights, scores) for name, weights in EFFECTS.items()]
+        corrected = holm([found.p for found in effects if found.p is not None])
+        for place, found in enumerate(effects):
+            interval = NOTHING if found.low is None else f"{found.low:+.1f} to {found.high:+.1f}"
+            p = f"{corrected[place]:.3f}" if corrected else f"fewer than {LEAST_SEEDS} seeds"
+            seeds = f"{found.lowest:+.1f} to {found.highest:+.1f}"
+            lines.append([found.name, title, f"{found.points:+.1f}", interval, p, seeds])
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
+
+
+def rank_plot(runs: Sequence[Row]) -> Figure:
+    """Dice of the linear decoder beside the effective rank, a point a run."""
+    figure = Figure(figsize=(6, 4.5), layout="constrained")
+    axes = figure.subplots()
+    for number, variant in enumerate(v for v in variants_of(runs) if v != RANDOM):
+        own = [row for row in runs if row["variant"] == variant]
+        ranks = [float(row["features_rankme_centred"]) for row in own]
+        scores = [100 * float(row["linear_dice"]) for row in own]
+        axes.scatter(ranks, scores, color=f"C{number % 10}", marker="osD^"[number // 10 % 4],
+                     label=variant)  # fmt: skip
+    floor = _mean(runs, RANDOM, "linear_dice")
+    if floor is not None:
+        axes.axhline(100 * floor, color="0.6", linestyle="--", label="random features")
+    axes.set(xlabel="effective rank of centred features (RankMe)", ylabel="linear Dice, points")
+    axes.legend(fontsize="small")
+    return figure
+
+
+def labels_plot(runs: Sequence[Row]) -> Figure:
+    """Dice of fine-tuned U-Nets over the number of labelled volumes, mean and range of seeds."""
+    figure = Figure(figsize=(6, 4.5), layout="constrained")
+    axes = figure.subplots()
+    labels = labels_of(runs)
+    for number, variant in enumerate(variants_of(runs)):
+        own = [row for row in runs if row["variant"] == variant]
+        scores = np.array([[100 * float(row[f"finetune_dice_{n}"]) for n in labels] for row in own])
+        colour = "0.4" if variant == RANDOM else f"C{number % 10}"
+        name = "from scratch" if variant == RANDOM else variant
+        axes.plot(labels, scores.mean(0), "o-", color=colour, label=name)
+        axes.fill_between(labels, scores.min(0), scores.max(0), color=colour, alpha=0.15)
+    axes.set(xscale="log", xlabel="labelled volumes", ylabel="Dice, points")
+    axes.set_xticks(labels, [str(n) for n in labels], minor=False)
+    axes.set_xticks([], minor=True)
+    axes.legend(fontsize="small")
+    return figure
+
+
+def spectra_plot(spectra: Sequence[dict[str, Any]]) -> Figure:
+    """Eigenvalues of features and embeddings, relative to their sum, the mean over seeds."""
+    figure = Figure(figsize=(10, 4.5), layout="constrained")
+    both = figure.subplots(1, 2)
+    variants = [v for v in VARIANTS if any(s["variant"] == v for s in spectra)]
+    for axes, part in zip(both, ("features", "embeddings"), strict=True):
+        for number, variant in enumerate(variants):
+            own = [np.array(s[part]) for s in spectra if s["variant"] == variant and s[part]]
+            if not own:
+                continue
+            mean = np.mean([values / values.sum() for values in own], axis=0)
+            shown = mean[mean > 0]
+            axes.semilogy(np.arange(1, len(shown) + 1), shown, color=f"C{number % 10}",
+                          linestyle=("-", "--", ":")[number // 10 % 3], label=variant)  # fmt: skip
+        axes.set(title=part, xlabel="eigenvalue", ylabel="share of the sum")
+    if variants:
+        both[0].legend(fontsize="small")
+    return figure
+
+
+def labels_of(runs: Sequence[Row]) -> list[int]:
+    names = [name for name in runs[0] if name.startswith("finetune_dice_")]
+    return sorted(int(name.removeprefix("finetune_dice_")) for name in names)
+
+
+def variants_of(runs: Sequence[Row]) -> list[str]:
+    """Those that ran, in the order of the list."""
+    found = {row["variant"] for row in runs}
+    return [variant for variant in (RANDOM, *VARIANTS) if variant in found]
+
+
+def _values(runs: Sequence[Row], column: str) -> list[float]:
+    return [float(row[column]) for row in runs if row[column] != ""]
+
+
+def _mean(runs: Sequence[Row], variant: str, column: str) -> float | None:
+    values = _values([row for row in runs if row["variant"] == variant], column)
+    return float(np.mean(values)) if values else None
+
+
+def _spread(runs: Sequence[Row], column: str, factor: float = 1, digits: int = 1) -> str:
+    values = [factor * value for value in _values(runs, column)]
+    if not values:
+        return NOTHING
+    mean = f"{np.mean(values):.{digits}f}"
+    if len(values) == 1:
+        return mean
+    return f"{mean} ({min(values):.{digits}f} to {max(values):.{digits}f})"
+
+
+if __name__ == "__main__":
+    sys.exit(run_command(main))

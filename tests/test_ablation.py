@@ -1,0 +1,147 @@
+"""The ablation: its runs, its tables, and what its report makes of them."""
+
+import csv
+import re
+
+import pytest
+
+import ablation
+import ablation_report
+from ablation_run import drawn
+from medmoco.data.splits import split_task, write_split
+from medmoco.data.task import read_task
+from medmoco.errors import UserError
+from variants import FACTORIAL, RANDOM
+
+
+def rows_of(path):
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+@pytest.fixture(scope="module")
+def finished(tiny_task, tmp_path_factory):
+    """The folder of a method and the control, one seed each, and the flags that made it."""
+    folder = tmp_path_factory.mktemp("ablation")
+    write_split(folder / "split.json", split_task(read_task(tiny_task)))
+    flags = ["--quick", "--task", tiny_task, "--split", folder / "split.json", "--seeds", "3"]
+    flags += ["--output", folder / "out", "--device", "cpu", "--variants", "zca", RANDOM]
+    flags = [str(flag) for flag in flags]
+    ablation.main(flags)
+    return folder / "out", flags
+
+
+def test_every_run_has_its_row(finished):
+    zca, random = rows_of(finished[0] / "runs.csv")
+    assert (zca["variant"], zca["seed"], random["variant"]) == ("zca", "3", RANDOM)
+    for row in (zca, random):
+        for column in ("linear_dice", "finetune_dice_1", "finetune_dice_2"):
+            assert 0 <= float(row[column]) <= 1
+    assert float(zca["loss_of_chance"]) == pytest.approx(
+        float(zca["loss"]) / float(zca["chance"]), rel=1e-3
+    )
+    assert 1 <= float(zca["features_rankme"]) <= float(zca["dimensions"])
+    assert random["loss"] == "" and random["features_rankme"] == ""
+
+
+def test_dice_is_told_by_volume_class_and_model(finished):
+    rows = rows_of(finished[0] / "dice.csv")
+    test_volumes = {row["volume"] for row in rows}
+    assert len(test_volumes) == 2
+    for variant in ("zca", RANDOM):
+        own = [row for row in rows if row["variant"] == variant]
+        models = {(row["stage"], row["labels"], row["draw"]) for row in own}
+        assert models == {
+            ("linear", "8", "0"),
+            *(("finetune", labels, draw) for labels in "12" for draw in "01"),
+        }
+        assert len(own) == len(models) * len(test_volumes) * len({row["organ"] for row in rows})
+
+
+def test_what_has_its_row_is_not_run_again(finished, capsys):
+    folder, flags = finished
+    before = (folder / "runs.csv").read_text()
+    ablation.main(flags)
+    assert (folder / "runs.csv").read_text() == before
+    assert "--- " not in capsys.readouterr().out
+
+
+def test_a_table_of_another_version_is_not_added_to(tmp_path):
+    table = tmp_path / "runs.csv"
+    table.write_text("variant,dice\nzca,0.5\n")
+    with pytest.raises(UserError, match=r"runs\.csv: expected the columns of this version"):
+        ablation.read_rows(table, ablation.columns([3]))
+
+
+def test_a_task_is_needed_but_to_try_it_out(tmp_path):
+    with pytest.raises(UserError, match="--task: expected the folder"):
+        ablation.main(["--output", str(tmp_path)])
+
+
+def test_more_labels_hold_the_fewer_and_draws_differ():
+    train = tuple(f"case{i:02}" for i in range(30))
+    assert set(drawn(train, 3, 0)) < set(drawn(train, 10, 0)) < set(drawn(train, 30, 0))
+    assert drawn(train, 3, 0) != drawn(train, 3, 1) and drawn(train, 3, 1) == drawn(train, 3, 1)
+
+
+# --- the report
+
+
+def run_row(variant, seed, linear, loss=0.6, rank=20.0):
+    row = dict.fromkeys(ablation.columns([3, 30]), "")
+    row |= {"variant": variant, "seed": str(seed), "linear_dice": str(linear)}
+    row |= {"finetune_dice_3": "0.5", "finetune_dice_30": "0.8"}
+    if variant != RANDOM:
+        row |= {"loss_of_chance": str(loss), "features_rankme_centred": str(rank)}
+        row |= {"features_mean_abs_correlation": "0.2", "dimensions": "128"}
+    return row
+
+
+def test_means_and_ranges_stand_in_the_table():
+    rows = [run_row("zca", 0, 0.4), run_row("zca", 1, 0.5), run_row(RANDOM, 0, 0.3)]
+    lines = ablation_report.variant_table(rows).splitlines()
+    assert [line.split(" | ")[0] for line in lines[2:]] == ["| random", "| zca"]
+    assert "| zca | 2 | 45.0 (40.0 to 50.0) | 50.0 (50.0 to 50.0) |" in lines[3]
+
+
+@pytest.mark.parametrize(
+    ("row", "why"),
+    [
+        (run_row("mocov2", 0, 0.35), ""),
+        (run_row("mocov2", 0, 0.35, loss=0.96), "failed: the loss has hardly left chance"),
+        (run_row("mocov2", 0, 0.25), "failed: its probe is below that of random features"),
+        (run_row(RANDOM, 0, 0.25), ""),
+    ],
+)
+def test_no_claim_is_made_over_a_baseline_that_failed(row, why):
+    assert ablation_report.failure([row], 0.3) == why
+
+
+def test_effects_have_intervals_from_five_seeds_on():
+    def dice(seeds):
+        values = dict(zip(FACTORIAL, (0.30, 0.34, 0.40, 0.47), strict=True))
+        return [
+            {"variant": v, "seed": str(s), "stage": "linear", "labels": "30", "draw": "0"}
+            | {"volume": volume, "organ": "x", "dice": str(value)}
+            for v, value in values.items()
+            for s in range(seeds)
+            for volume in ("a", "b")
+        ]
+
+    few, enough = (ablation_report.effect_table(dice(seeds)) for seeds in (2, 5))
+    assert "| decorrelation | linear decoder | +11.5 | - | fewer than 5 seeds |" in few
+    assert "| decorrelation | linear decoder | +11.5 | +11.5 to +11.5 | 0.001 |" in enough
+
+
+def test_the_report_writes_plots_and_tables(finished, capsys):
+    folder, _ = finished
+    ablation_report.main([str(folder)])
+    told = capsys.readouterr().out
+    assert re.search(r"\| zca \| 1 \| \d+\.\d \|", told)
+    for name in ("spectra.png", "dice_and_rank.png", "dice_and_labels.png"):
+        assert (folder / name).read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_folder_without_tables_is_refused(tmp_path):
+    with pytest.raises(UserError, match=r"runs\.csv: expected a table of the ablation"):
+        ablation_report.main([str(tmp_path)])
