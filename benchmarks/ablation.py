@@ -7,7 +7,8 @@ A run pretrains one variant with one seed, then trains a linear decoder on its f
 fine-tunes U-Nets with few labelled volumes, always the same ones. As soon as it is done OUTPUT
 gets a row in runs.csv, the Dice of every test volume, model and class in dice.csv, and the
 eigenvalues of features and embeddings in spectra.jsonl. Runs that have their row are left out, one
-that was stopped goes on where it was. `random` is the control: nothing is pretrained. --quick is a
+that was stopped goes on where it was. --cross-validate compares flags (--set) on the labelled
+volumes alone, and writes search.csv. `random` is the control: nothing is pretrained. --quick is a
 run of minutes, on phantoms unless there is a task, that says nothing about any method.
 """
 
@@ -16,6 +17,7 @@ import csv
 import dataclasses
 import io
 import sys
+import typing
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -29,10 +31,12 @@ from medmoco.data.splits import split_task, write_split
 from medmoco.data.task import read_task
 from medmoco.errors import UserError
 from medmoco.output import append_jsonl
+from medmoco.pretrain import PretrainConfig
 from reporting import commit
 from variants import FACTORIAL, RANDOM, SCALES, VARIANTS
 
 RUNS, DICE, SPECTRA = "runs.csv", "dice.csv", "spectra.jsonl"
+SEARCH = "search.csv"  # in place of runs.csv, and alone, where flags are to be chosen
 HIPPOCAMPUS = Path(__file__).parent / "splits" / "hippocampus.json"
 
 
@@ -40,7 +44,14 @@ def columns(labels: Iterable[int]) -> list[str]:
     """The header of runs.csv."""
     of_features = [f"{part}_{name}" for part in ("features", "embeddings") for name in DIAGNOSTICS]
     return [
-        *("variant", "seed", "scale", "linear_dice", *(f"finetune_dice_{n}" for n in labels)),
+        *(
+            "variant",
+            "seed",
+            "flags",
+            "scale",
+            "linear_dice",
+            *(f"finetune_dice_{n}" for n in labels),
+        ),
         *("loss", "chance", "loss_of_chance", *of_features, "samples", "dimensions"),
         *("weight_decay", "pretrain_seconds", "seconds", "device", "torch", "commit"),
     ]
@@ -51,12 +62,21 @@ def main(argv: Sequence[str] | None = None) -> None:
     flags = _parser().parse_args(argv)
     scale = SCALES["quick" if flags.quick else flags.scale]
     task, split = _data(flags)
-    experiment = Experiment(task, split, flags.output, scale, flags.device)
+    experiment = Experiment(
+        task, split, flags.output, scale, flags.device, dict(flags.set), flags.cross_validate
+    )
+    own_flags = " ".join(f"{name}={value}" for name, value in sorted(flags.set))
     header = columns(scale.labels)
-    rows, dice, spectra = (flags.output / name for name in (RUNS, DICE, SPECTRA))
-    done = {(row["variant"], int(row["seed"])) for row in read_rows(rows, header)}
+    rows = flags.output / (SEARCH if flags.cross_validate else RUNS)
+    dice, spectra = flags.output / DICE, flags.output / SPECTRA
+    done = {
+        (row["variant"], int(row["seed"]))
+        for row in read_rows(rows, header)
+        if row["flags"] == own_flags
+    }
     wanted = [(variant, seed) for seed in flags.seeds for variant in flags.variants]
     about = {
+        "flags": own_flags,
         "scale": "quick" if flags.quick else flags.scale,
         "device": flags.device or ("cuda" if torch.cuda.is_available() else "cpu"),
         "torch": torch.__version__,
@@ -67,13 +87,15 @@ def main(argv: Sequence[str] | None = None) -> None:
             continue
         print(f"--- {number} of {len(wanted)}: {variant}, seed {seed}", flush=True)
         row, scores = run(experiment, variant, seed)
-        append(dice, [field.name for field in dataclasses.fields(Score)], map(_plain, scores))
-        if "features_spectrum" in row:
-            append_jsonl(spectra, spectra_of(row))
+        if not flags.cross_validate:
+            append(dice, [field.name for field in dataclasses.fields(Score)], map(_plain, scores))
+            if "features_spectrum" in row:
+                append_jsonl(spectra, spectra_of(row))
         append(rows, header, [row | about])
         print(f"{variant}, seed {seed}: linear {row['linear_dice']:.3f}, {row['seconds']:.0f} s")
-    print(f"rows: {rows}\nDice: {dice}")
-    print(f"next: python benchmarks/ablation_report.py {flags.output}")
+    print(f"rows: {rows}")
+    if not flags.cross_validate:
+        print(f"Dice: {dice}\nnext: python benchmarks/ablation_report.py {flags.output}")
 
 
 def _data(flags: argparse.Namespace) -> tuple[Path, Path]:
@@ -132,6 +154,16 @@ def _rounded(value: Any) -> Any:
     return f"{value:.5g}" if isinstance(value, float) else value
 
 
+def _setting(text: str) -> tuple[str, Any]:
+    """NAME=VALUE: a flag of pretraining and its value."""
+    name, _, value = text.partition("=")
+    hints = typing.get_type_hints(PretrainConfig)
+    if name not in hints:
+        raise argparse.ArgumentTypeError(f"{text!r}: there is no such flag of pretraining")
+    kinds = typing.get_args(hints[name]) or (hints[name],)
+    return name, kinds[0](value)
+
+
 def _parser() -> argparse.ArgumentParser:
     description, _, rest = (__doc__ or "").partition("\n\n")
     parser = argparse.ArgumentParser(
@@ -150,6 +182,10 @@ def _parser() -> argparse.ArgumentParser:
     add("--variants", nargs="+", choices=names, default=(*FACTORIAL, RANDOM), metavar="NAME",
         help=f"of {', '.join(names)}; default: the 2 x 2 and the control")  # fmt: skip
     add("--seeds", nargs="+", type=int, default=list(range(5)), help="default: 0 1 2 3 4")
+    add("--set", nargs="+", type=_setting, default=[], metavar="FLAG=VALUE",
+        help="flags of pretraining, such as lr=0.06 crop_min=0.2")  # fmt: skip
+    add("--cross-validate", action="store_true",
+        help="test on thirds of the labelled volumes instead: to choose flags")  # fmt: skip
     add("--device", help="cpu, cuda or cuda:N; default: cuda where there is one")
     return parser
 

@@ -24,6 +24,7 @@ from medmoco.segment import SegmentConfig, prepare
 from medmoco.train import TrainConfig, kept_from_pretraining
 from variants import RANDOM, VARIANTS, Scale
 
+FOLDS = 3
 DIAGNOSTICS: tuple[str, ...] = ("rankme", "rankme_centred", "rank_share", "alpha_req")
 DIAGNOSTICS += ("mean_abs_correlation", "std_sqrt_d", "mean_share")
 
@@ -37,7 +38,10 @@ class Experiment:
         split: file that tells which cases are for pretraining, labels and tests.
         output: folder of all runs and tables.
         scale: the size of a run.
-        overrides: flags of pretraining that win over the variant's and the scale's.
+        device: None for CUDA where there is some.
+        flags: of pretraining; they win over the variant's and the scale's.
+        cross_validate: tests on each third of the labelled volumes in turn, by the linear decoder
+            alone, and leaves the test volumes for later: for choosing flags.
     """
 
     task: Path
@@ -45,7 +49,8 @@ class Experiment:
     output: Path
     scale: Scale
     device: str | None = None
-    overrides: dict[str, Any] = dataclasses.field(default_factory=dict)
+    flags: dict[str, Any] = dataclasses.field(default_factory=dict)
+    cross_validate: bool = False
 
 
 @dataclass(frozen=True)
@@ -54,7 +59,7 @@ class Score:
 
     variant: str
     seed: int
-    stage: str  # linear, finetune
+    stage: str  # linear, finetune, cross-validation
     labels: int  # labelled volumes that were trained on
     draw: int  # of those
     volume: str
@@ -69,7 +74,7 @@ def run(experiment: Experiment, variant: str, seed: int) -> tuple[dict[str, Any]
         UserError: what is wrong with task, split or flags.
     """
     started = time.monotonic()
-    folder = experiment.output / "runs" / f"{variant}-{seed}"
+    folder = experiment.output / "runs" / run_name(variant, seed, experiment.flags)
     folder.mkdir(parents=True, exist_ok=True)
     pretraining = _pretraining(experiment, variant, seed, folder)
     row: dict[str, Any] = {"variant": variant, "seed": seed}
@@ -79,16 +84,26 @@ def run(experiment: Experiment, variant: str, seed: int) -> tuple[dict[str, Any]
         encoder, _ = load_encoder(folder / "encoder.pt")
     row["pretrain_seconds"] = round(time.monotonic() - started, 1)
     segmentation = _segmentation(experiment, pretraining, seed)
-    scores = _linear(segmentation, encoder, variant, folder, row)
-    for labels in experiment.scale.labels:
-        scores += _finetuned(segmentation, experiment.scale, encoder, variant, labels, folder, row)
+    if experiment.cross_validate:
+        scores = _cross_validated(segmentation, encoder, variant, folder, row)
+    else:
+        scores = _linear(segmentation, encoder, variant, folder, row)
+        for labels in experiment.scale.labels:
+            scores += _finetuned(
+                segmentation, experiment.scale, encoder, variant, labels, folder, row
+            )
     row["seconds"] = round(time.monotonic() - started, 1)
     return row, scores
 
 
+def run_name(variant: str, seed: int, flags: dict[str, Any]) -> str:
+    """The folder of a run, within that of all runs."""
+    return "-".join([variant, str(seed), *(f"{name}={flags[name]}" for name in sorted(flags))])
+
+
 def _pretraining(experiment: Experiment, variant: str, seed: int, folder: Path) -> Pretraining:
     flags = experiment.scale.flags | VARIANTS.get(variant, VARIANTS["mocov2"])
-    flags |= experiment.overrides | {"device": experiment.device}
+    flags |= experiment.flags | {"device": experiment.device}
     config = TrainConfig(
         **flags,
         data=experiment.task,
@@ -148,7 +163,6 @@ def _linear(
 ) -> list[Score]:
     result = segmentation.run("linear", "pretrained" if encoder else "random", encoder, folder)
     row["linear_dice"] = result["dice_mean"]
-    row |= {f"linear_dice_{name}": dice for name, dice in result["dice_per_class"].items()}
     row["weight_decay"] = result["weight_decay"]
     return _scores(result, variant, row["seed"], "linear", len(segmentation.split.train), 0)
 
@@ -173,6 +187,33 @@ def _finetuned(
         means.append(result["dice_mean"])
         scores += _scores(result, variant, row["seed"], "finetune", len(chosen), draw)
     row[f"finetune_dice_{labels}"] = sum(means) / len(means)
+    return scores
+
+
+def _cross_validated(
+    segmentation: Segmentation,
+    encoder: Encoder | None,
+    variant: str,
+    folder: Path,
+    row: dict[str, Any],
+) -> list[Score]:
+    train, pretrain = segmentation.split.train, segmentation.split.pretrain
+    order = np.random.default_rng(0).permutation(len(train))
+    scores: list[Score] = []
+    for fold in range(FOLDS):
+        held_out = tuple(sorted(train[i] for i in order[fold::FOLDS]))
+        rest = tuple(case for case in train if case not in held_out)
+        output = folder / f"fold-{fold}"
+        output.mkdir(exist_ok=True)
+        held = Segmentation(
+            segmentation.config,
+            segmentation.cache,
+            Split(pretrain, rest, held_out),
+            segmentation.grid,
+        )
+        result = held.run("linear", "pretrained" if encoder else "random", encoder, output)
+        scores += _scores(result, variant, row["seed"], "cross-validation", len(rest), fold)
+    row["linear_dice"] = float(np.mean([s.dice for s in scores if s.dice is not None]))
     return scores
 
 

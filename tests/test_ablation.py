@@ -1,6 +1,7 @@
 """The ablation: its runs, its tables, and what its report makes of them."""
 
 import csv
+import json
 import re
 
 import pytest
@@ -145,3 +146,22 @@ def test_the_report_writes_plots_and_tables(finished, capsys):
 def test_a_folder_without_tables_is_refused(tmp_path):
     with pytest.raises(UserError, match=r"runs\.csv: expected a table of the ablation"):
         ablation_report.main([str(tmp_path)])
+
+
+def test_flags_are_chosen_without_a_look_at_the_test_volumes(finished):
+    folder, flags = finished
+    before = (folder / "runs.csv").read_text()
+    ablation.main([*flags[:-1], "--cross-validate", "--set", "lr=0.06", "crop_min=0.2"])
+    (row,) = rows_of(folder / "search.csv")
+    assert (row["variant"], row["flags"]) == ("zca", "crop_min=0.2 lr=0.06")
+    assert 0 <= float(row["linear_dice"]) <= 1 and row["finetune_dice_1"] == ""
+    assert (folder / "runs.csv").read_text() == before
+    split = json.loads((folder.parent / "split.json").read_text())
+    predicted = {path.name for path in folder.glob("runs/zca-3-crop*/fold-*/**/*.nii.gz")}
+    assert predicted == {f"{case}.nii.gz" for case in split["train"]}
+
+
+def test_an_unknown_flag_is_refused(tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        ablation.main(["--output", str(tmp_path), "--set", "rate=3"])
+    assert "'rate=3': there is no such flag of pretraining" in capsys.readouterr().err

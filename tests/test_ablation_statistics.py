@@ -3,7 +3,6 @@
 import numpy as np
 import pytest
 
-
 from ablation_statistics import EFFECTS, effect, holm, mean_over_organs
 
 
