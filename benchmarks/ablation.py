@@ -33,7 +33,7 @@ from medmoco.errors import UserError
 from medmoco.output import append_jsonl
 from medmoco.pretrain import PretrainConfig
 from reporting import commit
-from variants import FACTORIAL, RANDOM, SCALES, VARIANTS
+from variants import CONTROLS, FACTORIAL, RANDOM, SCALES, VARIANTS
 
 RUNS, DICE, SPECTRA = "runs.csv", "dice.csv", "spectra.jsonl"
 SEARCH = "search.csv"  # in place of runs.csv, and alone, where flags are to be chosen
@@ -173,7 +173,7 @@ def _parser() -> argparse.ArgumentParser:
         allow_abbrev=False,
     )
     add = parser.add_argument
-    names = (*VARIANTS, RANDOM)
+    names = (*VARIANTS, *CONTROLS)
     add("--task", type=Path, help="labelled data; its images are pretrained on")
     add("--split", type=Path, default=HIPPOCAMPUS, help="default: that of the hippocampus set")
     add("--output", type=Path, required=True, help="folder of tables and runs; may hold some")

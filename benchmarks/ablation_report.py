@@ -27,7 +27,7 @@ from ablation_statistics import (
 )
 from medmoco.command import run_command
 from medmoco.errors import UserError
-from variants import FACTORIAL, RANDOM, VARIANTS
+from variants import CONTROLS, FACTORIAL, RANDOM, VARIANTS
 
 NOTHING = "-"
 CHANCE = 0.95  # of log(K + 1): a loss above it has hardly left chance
@@ -103,7 +103,7 @@ def failure(runs: Sequence[Row], floor: float | None) -> str:
     if losses and np.mean(losses) > CHANCE:
         reasons.append("the loss has hardly left chance")
     linear = np.mean([float(row["linear_dice"]) for row in runs])
-    if floor is not None and runs[0]["variant"] != RANDOM and linear < floor:
+    if floor is not None and runs[0]["variant"] in VARIANTS and linear < floor:
         reasons.append("its probe is below that of random features")
     return f"failed: {' and '.join(reasons)}" if reasons else ""
 
@@ -133,7 +133,7 @@ def rank_plot(runs: Sequence[Row]) -> Figure:
     """Dice of the linear decoder beside the effective rank, a point a run."""
     figure = Figure(figsize=(6, 4.5), layout="constrained")
     axes = figure.subplots()
-    for number, variant in enumerate(v for v in variants_of(runs) if v != RANDOM):
+    for number, variant in enumerate(v for v in variants_of(runs) if v in VARIANTS):
         own = [row for row in runs if row["variant"] == variant]
         ranks = [float(row["features_rankme_centred"]) for row in own]
         scores = [100 * float(row["linear_dice"]) for row in own]
@@ -152,7 +152,7 @@ def labels_plot(runs: Sequence[Row]) -> Figure:
     figure = Figure(figsize=(6, 4.5), layout="constrained")
     axes = figure.subplots()
     labels = labels_of(runs)
-    for number, variant in enumerate(variants_of(runs)):
+    for number, variant in enumerate(v for v in variants_of(runs) if v in (RANDOM, *VARIANTS)):
         own = [row for row in runs if row["variant"] == variant]
         scores = np.array([[100 * float(row[f"finetune_dice_{n}"]) for n in labels] for row in own])
         colour = "0.4" if variant == RANDOM else f"C{number % 10}"
@@ -194,7 +194,7 @@ def labels_of(runs: Sequence[Row]) -> list[int]:
 def variants_of(runs: Sequence[Row]) -> list[str]:
     """Those that ran, in the order of the list."""
     found = {row["variant"] for row in runs}
-    return [variant for variant in (RANDOM, *VARIANTS) if variant in found]
+    return [variant for variant in (*CONTROLS, *VARIANTS) if variant in found]
 
 
 def _values(runs: Sequence[Row], column: str) -> list[float]:

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+import ablation_controls as controls
 from medmoco.config import to_json
 from medmoco.data.splits import Split
 from medmoco.downstream import Segmentation
@@ -22,7 +23,7 @@ from medmoco.pretrain import open_slices
 from medmoco.pretraining import Pretraining
 from medmoco.segment import SegmentConfig, prepare
 from medmoco.train import TrainConfig, kept_from_pretraining
-from variants import RANDOM, VARIANTS, Scale
+from variants import ATLAS, CONTROLS, PATCHES, RANDOM, SUPERVISED, VARIANTS, WHITENED, Scale
 
 FOLDS = 3
 DIAGNOSTICS: tuple[str, ...] = ("rankme", "rankme_centred", "rank_share", "alpha_req")
@@ -79,15 +80,18 @@ def run(experiment: Experiment, variant: str, seed: int) -> tuple[dict[str, Any]
     pretraining = _pretraining(experiment, variant, seed, folder)
     row: dict[str, Any] = {"variant": variant, "seed": seed}
     encoder = None
-    if variant != RANDOM:
+    if variant not in CONTROLS:
         row |= _pretrained(pretraining, folder)
         encoder, _ = load_encoder(folder / "encoder.pt")
     row["pretrain_seconds"] = round(time.monotonic() - started, 1)
     segmentation = _segmentation(experiment, pretraining, seed)
-    if experiment.cross_validate:
+    if variant in CONTROLS and variant != RANDOM:
+        result = _control(experiment, segmentation, variant, seed, folder)
+        scores = _linear_scores(segmentation, result, row)
+    elif experiment.cross_validate:
         scores = _cross_validated(segmentation, encoder, variant, folder, row)
     else:
-        scores = _linear(segmentation, encoder, variant, folder, row)
+        scores = _linear(segmentation, encoder, folder, row)
         for labels in experiment.scale.labels:
             scores += _finetuned(
                 segmentation, experiment.scale, encoder, variant, labels, folder, row
@@ -157,14 +161,41 @@ def _segmentation(experiment: Experiment, pretraining: Pretraining, seed: int) -
 def _linear(
     segmentation: Segmentation,
     encoder: Encoder | None,
-    variant: str,
     folder: Path,
     row: dict[str, Any],
 ) -> list[Score]:
     result = segmentation.run("linear", "pretrained" if encoder else "random", encoder, folder)
+    return _linear_scores(segmentation, result, row)
+
+
+def _control(
+    experiment: Experiment, segmentation: Segmentation, variant: str, seed: int, folder: Path
+) -> dict[str, Any]:
+    """The linear decoder's result on what is not pretrained, or not as it is."""
+    if variant == ATLAS:
+        return controls.blind_atlas(segmentation)
+    encoder: Any
+    if variant == PATCHES:
+        encoder = controls.IntensityPatches()
+    elif variant == SUPERVISED:
+        encoder = controls.supervised_encoder(segmentation, experiment.scale.steps)
+    else:
+        assert variant == WHITENED
+        trained = folder.with_name(run_name("mocov2", seed, experiment.flags))
+        trained.mkdir(exist_ok=True)
+        _pretrained(_pretraining(experiment, "mocov2", seed, trained), trained)
+        encoder, _ = load_encoder(trained / "encoder.pt")
+        encoder = controls.whiten_afterwards(segmentation, encoder)
+    return segmentation.run("linear", "pretrained", encoder, folder)
+
+
+def _linear_scores(
+    segmentation: Segmentation, result: dict[str, Any], row: dict[str, Any]
+) -> list[Score]:
     row["linear_dice"] = result["dice_mean"]
     row["weight_decay"] = result["weight_decay"]
-    return _scores(result, variant, row["seed"], "linear", len(segmentation.split.train), 0)
+    labels = len(segmentation.split.train)
+    return _scores(result, row["variant"], row["seed"], "linear", labels, 0)
 
 
 def _finetuned(

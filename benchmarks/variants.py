@@ -35,6 +35,10 @@ VARIANTS: dict[str, dict[str, Any]] = {
 FACTORIAL = ("mocov2", "local", "zca", "medmoco")
 # The control: a random encoder, its BatchNorm recalibrated; U-Nets trained from scratch.
 RANDOM = "random"
+# For the linear decoder alone: pixels around each cell, label frequency by place, mocov2's features
+# whitened afterwards, the encoder of a U-Net that was trained with all labels.
+PATCHES, ATLAS, WHITENED, SUPERVISED = "patches", "atlas", "mocov2-whitened", "supervised"
+CONTROLS = (RANDOM, PATCHES, ATLAS, WHITENED, SUPERVISED)
 
 
 @dataclass(frozen=True)
