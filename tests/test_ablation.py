@@ -20,8 +20,16 @@ def rows_of(path):
         return list(csv.DictReader(file))
 
 
+@pytest.fixture(scope="module", autouse=True)
+def few_pixels():
+    """Linear decoders are fitted to these: thirteen organs take long."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("medmoco.linear.MAX_PIXELS", 2**11)
+        yield
+
+
 @pytest.fixture(scope="module")
-def finished(tiny_task, tmp_path_factory):
+def finished(few_pixels, tiny_task, tmp_path_factory):
     """The folder of a method and the control, one seed each, and the flags that made it."""
     folder = tmp_path_factory.mktemp("ablation")
     write_split(folder / "split.json", split_task(read_task(tiny_task)))
