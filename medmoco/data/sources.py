@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from medmoco.data.task import CHANNEL, Task, patient_of
-from medmoco.data.volumes import find_volumes, volume_name
+from medmoco.data.volumes import ABDOMEN_1K_IMAGES, find_volumes, volume_name
 from medmoco.errors import UserError
 
 
@@ -31,8 +31,8 @@ def folder_sources(
     """All volumes below a folder, unlabelled.
 
     A case is named by its file; where two files share a name, by its path within the folder. In
-    nnU-Net's imagesTr or imagesTs, whose files end in _0000, _0001, ..., the channels of a case
-    are volumes of one patient.
+    nnU-Net's imagesTr or imagesTs and in AbdomenCT-1K's parts, whose files end in _0000, _0001,
+    ..., the channels of a case are volumes of one patient.
 
     Args:
         patients: see `task.patient_of`.
@@ -63,9 +63,10 @@ def folder_sources(
 
 
 def _folders_of_channels(paths: Collection[Path]) -> set[Path]:
-    """Folders named images..., all of whose files end in a channel's number."""
+    """Folders of images by their name, all of whose files end in a channel's number."""
     plain = {path.parent for path in paths if not CHANNEL.search(volume_name(path))}
-    return {path.parent for path in paths if path.parent.name.startswith("images")} - plain
+    named = ("images", ABDOMEN_1K_IMAGES)
+    return {path.parent for path in paths if path.parent.name.startswith(named)} - plain
 
 
 def read_case_list(path: Path) -> frozenset[str]:

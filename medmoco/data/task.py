@@ -17,12 +17,36 @@ import numpy as np
 from tqdm import tqdm
 
 from medmoco.data.nifti import VolumeError
-from medmoco.data.volumes import SUFFIXES, find_volumes, read_volume, volume_name
+from medmoco.data.volumes import (
+    ABDOMEN_1K_IMAGES,
+    ABDOMEN_1K_LABELS,
+    SUFFIXES,
+    find_volumes,
+    read_volume,
+    volume_name,
+)
 from medmoco.errors import UserError
 
 FOLDER_PAIRS = (("imagesTr", "labelsTr"), ("images", "labels"), ("img", "label"))
 MAX_VALUE = 255  # label maps are written as uint8
 CHANNEL = re.compile(r"_(\d{4})$")  # nnU-Net: case_0000.nii.gz is channel 0 of `case`
+# Sets that come without a dataset.json: where labels lie, how cases are named, values from 1 on.
+KNOWN_SETS = (
+    (
+        "label",  # BTCV, Synapse project syn3193805
+        re.compile(r"img\d{4}$"),
+        (
+            *("spleen", "right kidney", "left kidney", "gallbladder", "esophagus", "liver"),
+            *("stomach", "aorta", "inferior vena cava", "portal and splenic vein", "pancreas"),
+            *("right adrenal gland", "left adrenal gland"),
+        ),
+    ),
+    (
+        ABDOMEN_1K_LABELS,  # Ma et al., 2022, doi:10.1109/TPAMI.2021.3100536
+        re.compile(r"Case_\d{5}$"),
+        ("liver", "kidney", "spleen", "pancreas"),
+    ),
+)
 ROLE = re.compile(r"^(image|img|label|lbl|seg|mask)s?[-_]*(?=.)", re.IGNORECASE)
 
 
@@ -61,7 +85,7 @@ def read_task(folder: Path, patients: str | None = None) -> Task:
 
     Args:
         folder: dataset.json with imagesTr and labelsTr (Decathlon, nnU-Net), or folders images and
-            labels, or img and label (BTCV).
+            labels, or img and label (BTCV), or AbdomenCT-1K's parts and Mask.
         patients: CSV file or regular expression, see `patient_of`.
 
     Raises:
@@ -80,7 +104,7 @@ def read_task(folder: Path, patients: str | None = None) -> Task:
     if described:
         classes, values = _classes(folder / "dataset.json", content)
     else:
-        classes, values = _discovered_classes(cases)
+        classes, values = _named_by_their_set(cases, *_discovered_classes(cases))
     return Task(folder, cases, classes, values, _modality(content))
 
 
@@ -175,14 +199,16 @@ def _inside(folder: Path, name: str) -> Path:
 
 
 def _paired_files(folder: Path) -> dict[str, tuple[Path, Path]]:
-    """Cases by matching the names in a folder of images with those in a folder of labels."""
-    for images, labels in FOLDER_PAIRS:
-        if (folder / images).is_dir() and (folder / labels).is_dir():
+    """Cases by matching the names in folders of images with those in a folder of labels."""
+    parts = [part for part in sorted(folder.glob(f"{ABDOMEN_1K_IMAGES}*")) if part.is_dir()]
+    pairs = [([folder / images], labels) for images, labels in FOLDER_PAIRS]
+    for images, labels in (*pairs, (parts, ABDOMEN_1K_LABELS)):
+        if images and all(map(Path.is_dir, images)) and (folder / labels).is_dir():
             break
     else:
-        pairs = ", ".join(f"{images} and {labels}" for images, labels in FOLDER_PAIRS)
-        raise UserError(f"{folder}: expected a dataset.json or folders {pairs}, got neither")
-    found = find_volumes(folder / images)
+        known = ", ".join(f"{images} and {labels}" for images, labels in FOLDER_PAIRS)
+        raise UserError(f"{folder}: expected a dataset.json or folders {known}, got neither")
+    found = [path for part in images for path in find_volumes(part)]
     first_channels = [path for path in found if volume_name(path).endswith("_0000")]
     channels = bool(first_channels) and all(CHANNEL.search(volume_name(path)) for path in found)
     by_key = {_key(volume_name(path)): path for path in find_volumes(folder / labels)}
@@ -246,6 +272,17 @@ def _discovered_classes(cases: tuple[Case, ...]) -> tuple[tuple[str, ...], tuple
         )
     ordered = sorted(values | {0})
     return ("background", *(f"label {value}" for value in ordered[1:])), tuple(ordered)
+
+
+def _named_by_their_set(
+    cases: tuple[Case, ...], classes: tuple[str, ...], values: tuple[int, ...]
+) -> tuple[tuple[str, ...], tuple[int, ...]]:
+    """The organs' names where cases, folders and all values are those of a set that is known."""
+    for label_folder, name, organs in KNOWN_SETS:
+        of_set = all(c.label.parent.name == label_folder and name.match(c.name) for c in cases)
+        if of_set and values == tuple(range(len(organs) + 1)):
+            return ("background", *organs), values
+    return classes, values
 
 
 def _modality(content: dict[str, Any]) -> str | None:

@@ -22,6 +22,8 @@ from medmoco.data.nifti import Layout, VolumeError, is_dicom, read_channel, read
 from medmoco.errors import UserError
 from medmoco.output import write_bytes_atomic
 
+# As AbdomenCT-1K is distributed: AbdomenCT-1K-ImagePart1, 2 and 3 beside Mask.
+ABDOMEN_1K_IMAGES, ABDOMEN_1K_LABELS = "AbdomenCT-1K-ImagePart", "Mask"
 SUFFIXES = (".nii.gz", ".nii")
 AXIS_NAMES = ("sagittal", "coronal", "axial")
 CANONICAL = np.array([[0, 1], [1, 1], [2, 1]])  # RAS+ in nibabel's notation
@@ -69,8 +71,8 @@ class Volume:
 def find_volumes(folder: Path) -> list[Path]:
     """All .nii and .nii.gz files below a folder, sorted; hidden files are passed over.
 
-    Folders of labels that stand beside their folder of images (imagesTr and labelsTr, img and
-    label) are passed over too: a label map is no image to learn from.
+    Folders of labels that stand beside their folders of images (imagesTr and labelsTr, img and
+    label, AbdomenCT-1K's parts and Mask) are passed over too: they hold no image to learn from.
 
     Raises:
         UserError: no such folder, no volumes in it, or DICOM in their place.
@@ -186,7 +188,8 @@ def _files(folder: Path) -> Iterator[Path]:
 
 def _hidden_or_labels(name: str, beside: list[str]) -> bool:
     images = {"label": "img", "labels": "images", "labelsTr": "imagesTr", "labelsTs": "imagesTs"}
-    return name.startswith(".") or images.get(name) in beside
+    is_mask = name == ABDOMEN_1K_LABELS and any(n.startswith(ABDOMEN_1K_IMAGES) for n in beside)
+    return name.startswith(".") or images.get(name) in beside or is_mask
 
 
 def _holds_dicom(path: Path) -> bool:
