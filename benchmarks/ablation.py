@@ -8,7 +8,8 @@ fine-tunes U-Nets with few labelled volumes, always the same ones. As soon as it
 gets a row in runs.csv, the Dice of every test volume, model and class in dice.csv, and the
 eigenvalues of features and embeddings in spectra.jsonl. Runs that have their row are left out, one
 that was stopped goes on where it was. --cross-validate compares flags (--set) on the labelled
-volumes alone, and writes search.csv. `random` is the control: nothing is pretrained. --quick is a
+volumes alone, and writes search.csv. Several calls may fill one OUTPUT side by side, with
+different seeds or variants. `random` is the control: nothing is pretrained. --quick is a
 run of minutes, on phantoms unless there is a task, that says nothing about any method.
 """
 
