@@ -5,8 +5,9 @@
 
 A run pretrains one variant with one seed, then trains a linear decoder on its frozen features and
 fine-tunes U-Nets with few labelled volumes, always the same ones. As soon as it is done OUTPUT
-gets a row in runs.csv, the Dice of every test volume, model and class in dice.csv, and the
-eigenvalues of features and embeddings in spectra.jsonl. Runs that have their row are left out, one
+gets a row in runs.csv, the Dice of every test volume, model and class in dice.csv, loss and
+diagnostics of every epoch in epochs.csv, and the eigenvalues of features and embeddings in
+spectra.jsonl. Runs that have their row are left out, one
 that was stopped goes on where it was. --cross-validate compares flags (--set) on the labelled
 volumes alone, and writes search.csv. Several calls may fill one OUTPUT side by side, with
 different seeds or variants. `random` is the control: nothing is pretrained. --quick is a
@@ -25,7 +26,7 @@ from typing import Any
 
 import torch
 
-from ablation_run import DIAGNOSTICS, Experiment, Score, run
+from ablation_run import DIAGNOSTICS, PARTS, Experiment, Score, run
 from medmoco.command import run_command
 from medmoco.data.phantom import generate_phantom
 from medmoco.data.splits import split_task, write_split
@@ -36,14 +37,15 @@ from medmoco.pretrain import PretrainConfig
 from reporting import commit
 from variants import CONTROLS, FACTORIAL, RANDOM, SCALES, VARIANTS
 
-RUNS, DICE, SPECTRA = "runs.csv", "dice.csv", "spectra.jsonl"
+RUNS, DICE, EPOCHS, SPECTRA = "runs.csv", "dice.csv", "epochs.csv", "spectra.jsonl"
 SEARCH = "search.csv"  # in place of runs.csv, and alone, where flags are to be chosen
+OF_FEATURES = [f"{part}_{name}" for part in PARTS for name in DIAGNOSTICS]
+OF_EPOCHS = ["variant", "seed", "epoch", "loss", "loss_of_chance", *OF_FEATURES, "warnings"]
 HIPPOCAMPUS = Path(__file__).parent / "splits" / "hippocampus.json"
 
 
 def columns(labels: Iterable[int]) -> list[str]:
     """The header of runs.csv."""
-    of_features = [f"{part}_{name}" for part in ("features", "embeddings") for name in DIAGNOSTICS]
     return [
         *(
             "variant",
@@ -53,7 +55,7 @@ def columns(labels: Iterable[int]) -> list[str]:
             "linear_dice",
             *(f"finetune_dice_{n}" for n in labels),
         ),
-        *("loss", "chance", "loss_of_chance", *of_features, "samples", "dimensions"),
+        *("loss", "chance", "loss_of_chance", *OF_FEATURES, "samples", "dimensions"),
         *("weight_decay", "pretrain_seconds", "seconds", "device", "torch", "commit"),
     ]
 
@@ -69,7 +71,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     own_flags = " ".join(f"{name}={value}" for name, value in sorted(flags.set))
     header = columns(scale.labels)
     rows = flags.output / (SEARCH if flags.cross_validate else RUNS)
-    dice, spectra = flags.output / DICE, flags.output / SPECTRA
+    dice, epochs, spectra = (flags.output / name for name in (DICE, EPOCHS, SPECTRA))
     done = {
         (row["variant"], int(row["seed"]))
         for row in read_rows(rows, header)
@@ -87,11 +89,14 @@ def main(argv: Sequence[str] | None = None) -> None:
         if (variant, seed) in done:
             continue
         print(f"--- {number} of {len(wanted)}: {variant}, seed {seed}", flush=True)
-        row, scores = run(experiment, variant, seed)
+        found = run(experiment, variant, seed)
+        row = found.row
         if not flags.cross_validate:
-            append(dice, [field.name for field in dataclasses.fields(Score)], map(_plain, scores))
-            if "features_spectrum" in row:
-                append_jsonl(spectra, spectra_of(row))
+            names = [field.name for field in dataclasses.fields(Score)]
+            append(dice, names, map(dataclasses.asdict, found.scores))
+            append(epochs, OF_EPOCHS, found.epochs)
+            if found.spectra:
+                append_jsonl(spectra, {"variant": variant, "seed": seed} | found.spectra)
         append(rows, header, [row | about])
         print(f"{variant}, seed {seed}: linear {row['linear_dice']:.3f}, {row['seconds']:.0f} s")
     print(f"rows: {rows}")
@@ -136,19 +141,6 @@ def append(path: Path, header: Sequence[str], rows: Iterable[dict[str, Any]]) ->
     writer.writerows({name: _rounded(row.get(name)) for name in header} for row in rows)
     with path.open("a", encoding="utf-8", newline="") as file:
         file.write(text.getvalue())
-
-
-def spectra_of(row: dict[str, Any]) -> dict[str, Any]:
-    """The eigenvalues of a run, to four digits."""
-    spectra = {
-        part: [float(f"{value:.4g}") for value in row[f"{part}_spectrum"]]
-        for part in ("features", "embeddings")
-    }
-    return {"variant": row["variant"], "seed": row["seed"], **spectra}
-
-
-def _plain(score: Score) -> dict[str, Any]:
-    return dataclasses.asdict(score)
 
 
 def _rounded(value: Any) -> Any:

@@ -26,6 +26,7 @@ from medmoco.train import TrainConfig, kept_from_pretraining
 from variants import ATLAS, CONTROLS, PATCHES, RANDOM, SUPERVISED, VARIANTS, WHITENED, Scale
 
 FOLDS = 3
+PARTS = ("features", "embeddings")
 DIAGNOSTICS: tuple[str, ...] = ("rankme", "rankme_centred", "rank_share", "alpha_req")
 DIAGNOSTICS += ("mean_abs_correlation", "std_sqrt_d", "mean_share")
 
@@ -68,8 +69,25 @@ class Score:
     dice: float | None
 
 
-def run(experiment: Experiment, variant: str, seed: int) -> tuple[dict[str, Any], list[Score]]:
-    """Does what is not done yet, and returns the run's row and its scores.
+@dataclass(frozen=True)
+class Run:
+    """What a run found.
+
+    Attributes:
+        row: of the table of runs.
+        scores: of every model, test volume and class.
+        epochs: loss and diagnostics before the first epoch and after each; none of a control.
+        spectra: the last eigenvalues of features and embeddings, to four digits; none likewise.
+    """
+
+    row: dict[str, Any]
+    scores: list[Score]
+    epochs: list[dict[str, Any]]
+    spectra: dict[str, list[float]]
+
+
+def run(experiment: Experiment, variant: str, seed: int) -> Run:
+    """Does what is not done yet, and reads what it found.
 
     Raises:
         UserError: what is wrong with task, split or flags.
@@ -79,9 +97,13 @@ def run(experiment: Experiment, variant: str, seed: int) -> tuple[dict[str, Any]
     folder.mkdir(parents=True, exist_ok=True)
     pretraining = _pretraining(experiment, variant, seed, folder)
     row: dict[str, Any] = {"variant": variant, "seed": seed}
+    epochs: list[dict[str, Any]] = []
+    spectra = {}
     encoder = None
     if variant not in CONTROLS:
-        row |= _pretrained(pretraining, folder)
+        epochs = [row | epoch for epoch in _pretrained(pretraining, folder)]
+        row |= epochs[-1]
+        spectra = _spectra(folder)
         encoder, _ = load_encoder(folder / "encoder.pt")
     row["pretrain_seconds"] = round(time.monotonic() - started, 1)
     segmentation = _segmentation(experiment, pretraining, seed)
@@ -97,7 +119,7 @@ def run(experiment: Experiment, variant: str, seed: int) -> tuple[dict[str, Any]
                 segmentation, experiment.scale, encoder, variant, labels, folder, row
             )
     row["seconds"] = round(time.monotonic() - started, 1)
-    return row, scores
+    return Run(row, scores, epochs, spectra)
 
 
 def run_name(variant: str, seed: int, flags: dict[str, Any]) -> str:
@@ -124,22 +146,30 @@ def _pretraining(experiment: Experiment, variant: str, seed: int, folder: Path) 
     return Pretraining(config, cache)
 
 
-def _pretrained(pretraining: Pretraining, folder: Path) -> dict[str, Any]:
-    """Trains unless that is done; what is known of the loss and the features at the end."""
-    path = folder / "diagnostics.json"
-    if not path.is_file():
-        write_json(path, pretraining.run() | {"chance": pretraining.chance})
-    found = json.loads(path.read_text(encoding="utf-8"))
-    row = {"loss": found["loss"], "chance": found["chance"]}
-    row["loss_of_chance"] = found["loss"] / found["chance"]
-    for part in ("features", "embeddings"):
-        row |= {f"{part}_{name}": found[part][name] for name in DIAGNOSTICS}
-        row[f"{part}_spectrum"] = found[part]["spectrum"]
-    row["samples"], row["dimensions"] = (
-        found["features"]["samples"],
-        found["features"]["dimensions"],
-    )
-    return row
+def _pretrained(pretraining: Pretraining, folder: Path) -> list[dict[str, Any]]:
+    """Trains unless that is done; what was known of loss and features, epoch by epoch."""
+    if not (folder / "encoder.pt").is_file():
+        pretraining.run()
+    return [_of_epoch(record, pretraining.chance) for record in _diagnoses(folder)]
+
+
+def _diagnoses(folder: Path) -> list[dict[str, Any]]:
+    lines = (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    return [record for record in map(json.loads, lines) if record["stage"] == "diagnostics"]
+
+
+def _of_epoch(record: dict[str, Any], chance: float) -> dict[str, Any]:
+    loss, features = record["loss"], record["features"]
+    found = {"epoch": record["epoch"], "loss": loss, "chance": chance}
+    found["loss_of_chance"] = None if loss is None else loss / chance
+    found |= {f"{part}_{name}": record[part][name] for part in PARTS for name in DIAGNOSTICS}
+    found |= {"samples": features["samples"], "dimensions": features["dimensions"]}
+    return found | {"warnings": len(record["warnings"])}
+
+
+def _spectra(folder: Path) -> dict[str, list[float]]:
+    last = _diagnoses(folder)[-1]
+    return {part: [float(f"{value:.4g}") for value in last[part]["spectrum"]] for part in PARTS}
 
 
 def _segmentation(experiment: Experiment, pretraining: Pretraining, seed: int) -> Segmentation:

@@ -67,6 +67,20 @@ def test_dice_is_told_by_volume_class_and_model(finished):
         assert len(own) == len(models) * len(test_volumes) * len({row["organ"] for row in rows})
 
 
+def test_every_epoch_of_a_pretraining_is_told(finished):
+    folder, _ = finished
+    start, end = rows_of(folder / "epochs.csv")
+    assert [(row["variant"], row["epoch"]) for row in (start, end)] == [("zca", "0"), ("zca", "1")]
+    assert start["loss"] == ""  # of an encoder that has not learned
+    run = rows_of(folder / "runs.csv")[0]
+    for column in ("loss_of_chance", "features_rankme", "embeddings_mean_share"):
+        assert end[column] == run[column]
+    assert start["features_rankme"] != end["features_rankme"]
+    (spectra,) = map(json.loads, (folder / "spectra.jsonl").read_text().splitlines())
+    assert (spectra["variant"], spectra["seed"]) == ("zca", 3)
+    assert len(spectra["features"]) == int(run["dimensions"])
+
+
 def test_what_has_its_row_is_not_run_again(finished, capsys):
     folder, flags = finished
     before = (folder / "runs.csv").read_text()
