@@ -70,7 +70,8 @@ class Pretraining:
         self.sampler = EpochSampler(len(learned), config.batch_size, config.seed)
         self.loader = make_loader(dataset, self.sampler, config.workers, self.device)
         self.held_out = DataLoader(SliceDataset(cache, held_out, self.grid), config.batch_size)
-        self.slice_volume = torch.from_numpy(cache.slice_volume.astype(np.int64))
+        slice_volume = torch.from_numpy(cache.slice_volume.astype(np.int64))
+        self.slice_volume = slice_volume.to(self.device)
         self.optimizer = torch.optim.SGD(
             self.model.query.parameters(),
             lr=config.lr,
@@ -167,11 +168,12 @@ class Pretraining:
 
     def _ids(self, index: Tensor) -> Tensor:
         """Keys of equal id are no negatives of each other; -1 is nobody's equal."""
+        index = index.to(self.device, non_blocking=True)
         if self.config.same == "volume":
-            index = self.slice_volume[index]
-        elif self.config.same == "none":
-            index = torch.full_like(index, -1)
-        return index.to(self.device, non_blocking=True)
+            return self.slice_volume[index]
+        if self.config.same == "none":
+            return torch.full_like(index, -1)
+        return index
 
     def _autocast(self) -> torch.autocast:
         enabled = self.config.amp_dtype == "bfloat16"

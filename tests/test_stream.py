@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from medmoco.data.stream import EpochSampler, hold_out_patients, make_loader
+from medmoco.data.stream import EpochSampler, ResidentLoader, hold_out_patients, make_loader
 
 
 def cache_of(slices_per_volume: list[int], volumes_a_patient: int = 1) -> SimpleNamespace:
@@ -97,6 +97,40 @@ def test_loaders_go_on_when_the_scheduler_asks_every_process_to_stop(name):
     for batch in batches:
         seen += batch.tolist()
     assert sorted(seen) == list(range(40))
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_slices_in_memory_come_in_the_same_batches(workers):
+    sampler = EpochSampler(23, 4, seed=5)
+    sampler.start(2, first_batch=1)
+    cpu = torch.device("cpu")
+    resident = list(ResidentLoader(Squares(), sampler, workers, cpu))
+    read = list(make_loader(Squares(), sampler, 0, cpu))
+    assert len(resident) == len(read) == 4
+    for ours, theirs in zip(resident, read, strict=True):
+        assert ours.keys() == theirs.keys()
+        for name in ours:
+            torch.testing.assert_close(ours[name], theirs[name], rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("free", [10**6, 10**2])
+def test_a_gpu_keeps_the_slices_that_it_has_room_for(device, free, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free, 10**9))
+    sampler = EpochSampler(23, 4, seed=5)
+    loader = make_loader(Squares(), sampler, 0, torch.device(device))
+    resident = device == "cuda" and free == 10**6
+    assert isinstance(loader, ResidentLoader) == resident
+    for batch, positions in zip(loader, sampler, strict=True):
+        assert batch["image"].device.type == ("cuda" if resident else "cpu")
+        assert batch["index"].tolist() == positions
+
+
+class Squares(torch.utils.data.Dataset):
+    def __len__(self):
+        return 23
+
+    def __getitem__(self, item):
+        return {"image": torch.full((1, 2, 2), item**2), "index": torch.tensor(item)}
 
 
 class Numbers(torch.utils.data.Dataset):

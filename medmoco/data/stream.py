@@ -6,12 +6,15 @@ from collections.abc import Iterator
 
 import numpy as np
 import torch
+from torch import Tensor
 from torch.utils.data import DataLoader, Sampler
+from tqdm import tqdm
 
 from medmoco.data.slices import SliceDataset
 from medmoco.data.store import SliceCache
 from medmoco.signals import leave_stopping_to_the_trainer
 
+RESIDENT_SHARE = 0.25  # of the free memory of a GPU, which slices may fill before training
 MIN_HELD_OUT_SLICES, MAX_HELD_OUT_SLICES = 256, 4096
 
 
@@ -46,9 +49,46 @@ class EpochSampler(Sampler[list[int]]):
         return self.batches - self.first_batch
 
 
+class ResidentLoader:
+    """The batches of a DataLoader, gathered from slices that are read once and stay on a device.
+
+    Args:
+        dataset: every item a dictionary of tensors.
+        sampler: of the batches.
+        workers: processes that read.
+        device: where the slices stay.
+    """
+
+    def __init__(
+        self, dataset: SliceDataset, sampler: EpochSampler, workers: int, device: torch.device
+    ) -> None:
+        self.sampler = sampler
+        batches = DataLoader(
+            dataset,
+            sampler.batch_size,
+            num_workers=workers,
+            worker_init_fn=leave_stopping_to_the_trainer,
+        )
+        parts: dict[str, list[Tensor]] = {}
+        for batch in tqdm(batches, desc=f"slices to {device}", unit="batch", disable=None):
+            for name, values in batch.items():
+                parts.setdefault(name, []).append(values.to(device))
+        self.slices = {name: torch.cat(values) for name, values in parts.items()}
+
+    def __iter__(self) -> Iterator[dict[str, Tensor]]:
+        for positions in self.sampler:
+            yield {name: values[positions] for name, values in self.slices.items()}
+
+
 def make_loader(
     dataset: SliceDataset, sampler: EpochSampler, workers: int, device: torch.device
-) -> DataLoader:
+) -> DataLoader | ResidentLoader:
+    """Batches from the cache or, where a GPU has room for all slices, from its memory."""
+    if device.type == "cuda":
+        size = sum(values.nbytes for values in dataset[0].values()) * len(dataset)
+        free, _ = torch.cuda.mem_get_info(device)
+        if size <= RESIDENT_SHARE * free:
+            return ResidentLoader(dataset, sampler, workers, device)
     return DataLoader(
         dataset,
         batch_sampler=sampler,
