@@ -16,8 +16,9 @@ from typing import Any
 
 import numpy as np
 from matplotlib.figure import Figure
+from scipy.stats import spearmanr
 
-from ablation import DICE, RUNS, SPECTRA
+from ablation import DICE, OF_FEATURES, RUNS, SPECTRA
 from ablation_statistics import (
     EFFECTS,
     LEAST_SEEDS,
@@ -44,6 +45,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     runs, dice = read_table(folder / RUNS), read_table(folder / DICE)
     print(variant_table(runs))
     print(f"\n{effect_table(dice)}")
+    print(f"\n{diagnostic_table(runs)}")
     plots = {
         "dice_and_rank.png": rank_plot(runs),
         "dice_and_labels.png": labels_plot(runs),
@@ -127,6 +129,34 @@ def effect_table(dice: Sequence[Row]) -> str:
             seeds = f"{found.lowest:+.1f} to {found.highest:+.1f}"
             lines.append([found.name, title, f"{found.points:+.1f}", interval, p, seeds])
     return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
+
+
+def diagnostic_table(runs: Sequence[Row]) -> str:
+    """How each diagnostic goes with the linear decoder's Dice: Spearman's rank correlation, over
+    the means of the variants and over all runs."""
+    trained = [row for row in runs if row["variant"] in VARIANTS]
+    variants = sorted({row["variant"] for row in trained})
+    header = ["diagnostic", f"over {len(variants)} variants", f"over {len(trained)} runs"]
+    lines = [header, ["---"] * len(header)]
+    for column in ("loss_of_chance", *OF_FEATURES):
+        pairs = {
+            variant: [
+                (float(row[column]), float(row["linear_dice"]))
+                for row in trained
+                if row["variant"] == variant and row[column] != ""
+            ]
+            for variant in variants
+        }
+        means = [np.mean(own, axis=0) for own in pairs.values() if own]
+        all_runs = [pair for own in pairs.values() for pair in own]
+        lines.append([f"`{column}`", _rank_correlation(means), _rank_correlation(all_runs)])
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
+
+
+def _rank_correlation(pairs: Sequence[Any]) -> str:
+    if len(pairs) < 3 or np.ptp(pairs, axis=0).min() == 0:
+        return NOTHING
+    return f"{spearmanr(*np.transpose(pairs)).statistic:+.2f}"
 
 
 def rank_plot(runs: Sequence[Row]) -> Figure:

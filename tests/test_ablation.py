@@ -156,6 +156,22 @@ def test_effects_have_intervals_from_five_seeds_on():
     assert "| decorrelation | linear decoder | +11.5 | +11.5 to +11.5 | 0.001 |" in enough
 
 
+def test_diagnostics_are_ranked_beside_dice():
+    """Over the variants' means alike, over the runs not quite; nothing is said of two points."""
+    rows = [
+        run_row("mocov2", 0, 0.40, rank=10),
+        run_row("local", 0, 0.42, rank=20),
+        run_row("zca", 0, 0.44, rank=28),
+        run_row("zca", 1, 0.46, rank=26),
+        run_row(RANDOM, 0, 0.9),
+    ]
+    rows[0]["embeddings_rankme"] = rows[1]["embeddings_rankme"] = "3"
+    table = ablation_report.diagnostic_table(rows)
+    assert "| diagnostic | over 3 variants | over 4 runs |" in table
+    assert "| `features_rankme_centred` | +1.00 | +0.80 |" in table
+    assert "| `embeddings_rankme` | - | - |" in table
+
+
 def test_the_report_writes_plots_and_tables(finished, capsys):
     folder, _ = finished
     ablation_report.main([str(folder)])
