@@ -22,6 +22,7 @@ from ablation import DICE, OF_FEATURES, RUNS, SPECTRA
 from ablation_statistics import (
     EFFECTS,
     LEAST_SEEDS,
+    Effect,
     effect,
     holm,
     mean_over_organs,
@@ -43,7 +44,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("output", type=Path, help="folder of the tables")
     folder = parser.parse_args(argv).output
     runs, dice = read_table(folder / RUNS), read_table(folder / DICE)
-    print(variant_table(runs))
+    print(short_table(runs))
+    print(f"\n{variant_table(runs)}")
     print(f"\n{effect_table(dice)}")
     print(f"\n{diagnostic_table(runs)}")
     plots = {
@@ -81,21 +83,50 @@ def read_spectra(path: Path) -> list[dict[str, Any]]:
 def variant_table(runs: Sequence[Row]) -> str:
     """A line a variant: means over seeds, and in brackets the least and the largest."""
     labels = labels_of(runs)
-    header = ["variant", "seeds", "linear Dice", *(f"U-Net, {n} labels" for n in labels)]
-    header += ["loss / chance", "rank of features", "of dimensions", "mean abs. correlation", ""]
-    lines = [header, ["---"] * len(header)]
+    header = ["variant", "seeds", *dice_header(labels)]
+    header += ["loss / chance", "rank of features", "of dimensions", "rank of embeddings"]
+    header += ["correlation of embeddings", ""]
     floor = _mean(runs, RANDOM, "linear_dice")
+    lines = []
     for variant in variants_of(runs):
         own = [row for row in runs if row["variant"] == variant]
-        cells = [variant, str(len(own)), _spread(own, "linear_dice", 100)]
-        cells += [_spread(own, f"finetune_dice_{n}", 100) for n in labels]
-        cells += [_spread(own, "loss_of_chance", 1, 2), _spread(own, "features_rankme_centred")]
-        cells += [
-            own[0]["dimensions"] or NOTHING,
-            _spread(own, "features_mean_abs_correlation", 1, 2),
-        ]
-        lines.append([*cells, failure(own, floor)])
-    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
+        lines.append(
+            [
+                variant,
+                str(len(own)),
+                *dice_cells(own, labels),
+                _spread(own, "loss_of_chance", 1, 2),
+                _spread(own, "features_rankme_centred"),
+                own[0]["dimensions"] or NOTHING,
+                _spread(own, "embeddings_rankme_centred"),
+                _spread(own, "embeddings_mean_abs_correlation", 1, 2),
+                failure(own, floor),
+            ]
+        )
+    return markdown(header, lines)
+
+
+def short_table(runs: Sequence[Row]) -> str:
+    """Dice alone, of the 2 x 2 and without pretraining."""
+    labels = labels_of(runs)
+    wanted = [v for v in variants_of(runs) if v in (RANDOM, *FACTORIAL)]
+    own = {v: [row for row in runs if row["variant"] == v] for v in wanted}
+    lines = [[v, *dice_cells(rows, labels)] for v, rows in own.items()]
+    return markdown(["variant", *dice_header(labels)], lines)
+
+
+def dice_header(labels: Sequence[int]) -> list[str]:
+    return ["linear Dice", *(f"U-Net, {n} labels" for n in labels)]
+
+
+def dice_cells(runs: Sequence[Row], labels: Sequence[int]) -> list[str]:
+    columns = ["linear_dice", *(f"finetune_dice_{n}" for n in labels)]
+    return [_spread(runs, column, 100) for column in columns]
+
+
+def markdown(header: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
+    rows = [header, ["---"] * len(header), *lines]
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in rows)
 
 
 def failure(runs: Sequence[Row], floor: float | None) -> str:
@@ -111,24 +142,32 @@ def failure(runs: Sequence[Row], floor: float | None) -> str:
 
 
 def effect_table(dice: Sequence[Row]) -> str:
-    """The effects of the 2 x 2 in points of Dice, on the linear decoder and on U-Nets."""
+    """The effects in points of Dice, on the linear decoder and on U-Nets."""
     header = ["effect", "on", "points", "95 % interval", "p (Holm)", "single seeds"]
-    lines = [header, ["---"] * len(header)]
+    lines = []
     stages: list[tuple[str, str, int | None]] = [("linear decoder", "linear", None)]
     counts = sorted({int(row["labels"]) for row in dice if row["stage"] == "finetune"})
     stages += [(f"U-Net, {count} labels", "finetune", count) for count in counts]
     for title, stage, count in stages:
-        scores = mean_over_organs(dice, stage, count)
-        if not scores.keys() >= set(FACTORIAL) or not scores[FACTORIAL[0]].size:
-            continue
-        effects = [effect(name, weights, scores) for name, weights in EFFECTS.items()]
-        corrected = holm([found.p for found in effects if found.p is not None])
-        for place, found in enumerate(effects):
+        effects = _effects(dice, stage, count)
+        corrected = iter(holm([found.p for found in effects if found.p is not None]))
+        for found in effects:
             interval = NOTHING if found.low is None else f"{found.low:+.1f} to {found.high:+.1f}"
-            p = f"{corrected[place]:.3f}" if corrected else f"fewer than {LEAST_SEEDS} seeds"
+            p = f"fewer than {LEAST_SEEDS} seeds" if found.p is None else f"{next(corrected):.3f}"
             seeds = f"{found.lowest:+.1f} to {found.highest:+.1f}"
             lines.append([found.name, title, f"{found.points:+.1f}", interval, p, seeds])
-    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
+    return markdown(header, lines)
+
+
+def _effects(dice: Sequence[Row], stage: str, labels: int | None) -> list[Effect]:
+    """Those whose variants have a seed in common."""
+    found = []
+    for name, weights in EFFECTS.items():
+        # Of these variants alone: others may have fewer seeds.
+        scores = mean_over_organs((r for r in dice if r["variant"] in weights), stage, labels)
+        if scores.keys() == weights.keys() and all(values.size for values in scores.values()):
+            found.append(effect(name, weights, scores))
+    return found
 
 
 def diagnostic_table(runs: Sequence[Row]) -> str:
@@ -137,7 +176,7 @@ def diagnostic_table(runs: Sequence[Row]) -> str:
     trained = [row for row in runs if row["variant"] in VARIANTS]
     variants = sorted({row["variant"] for row in trained})
     header = ["diagnostic", f"over {len(variants)} variants", f"over {len(trained)} runs"]
-    lines = [header, ["---"] * len(header)]
+    lines = []
     for column in ("loss_of_chance", *OF_FEATURES):
         pairs = {
             variant: [
@@ -150,7 +189,7 @@ def diagnostic_table(runs: Sequence[Row]) -> str:
         means = [np.mean(own, axis=0) for own in pairs.values() if own]
         all_runs = [pair for own in pairs.values() for pair in own]
         lines.append([f"`{column}`", _rank_correlation(means), _rank_correlation(all_runs)])
-    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
+    return markdown(header, lines)
 
 
 def _rank_correlation(pairs: Sequence[Any]) -> str:

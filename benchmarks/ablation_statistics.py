@@ -14,12 +14,13 @@ import numpy as np
 
 LEAST_SEEDS = 5  # with fewer no interval is told: the ends of the range say more
 DRAWS = 10_000
-# Of the 2 x 2: weights of mocov2, local, zca, medmoco.
+# Weights of variants; the first four of the 2 x 2.
 EFFECTS: dict[str, dict[str, float]] = {
     "local learning": {"mocov2": -0.5, "local": 0.5, "zca": -0.5, "medmoco": 0.5},
     "decorrelation": {"mocov2": -0.5, "local": -0.5, "zca": 0.5, "medmoco": 0.5},
     "both together": {"mocov2": -1, "medmoco": 1},
     "interaction": {"mocov2": 1, "local": -1, "zca": -1, "medmoco": 1},
+    "medmoco over no pretraining": {"random": -1, "medmoco": 1},
 }
 
 

@@ -28,7 +28,8 @@ VARIANTS: dict[str, dict[str, Any]] = {
         "local": "coordinates",
         "decorrelation": "covariance",
     },
-    "shuffle": {"method": "mocov2", "key_norm": "shuffle"},
+    "ema": {"method": "mocov2", "key_norm": "ema"},
+    "medmoco-ema": {"method": "medmoco", "key_norm": "ema"},
     "same-volume": {"method": "mocov2", "same": "volume"},
     "same-none": {"method": "mocov2", "same": "none"},
 }
@@ -65,7 +66,7 @@ SCALES = {
         | {"batch_size": 128, "slice_axis": 1},
         labels=(3, 30),
         draws=2,
-        steps=100,
+        steps=300,
     ),
     # At most a minute a run on a Hopper GPU.
     "gpu": Scale(

@@ -15,7 +15,7 @@ _ALPHA_FIRST, _ALPHA_LAST = 11, 100  # ranks of the log-log fit, counted from 1
 _ALPHA_LEAST = 20  # fewer eigenvalues leave too short a stretch to fit
 _CHANCE_MARGIN = 0.05
 _STD_FLOOR = 0.3
-_MEAN_SHARE_CEILING = 0.9
+_CORRELATION_CEILING = 0.6
 
 
 @dataclasses.dataclass(frozen=True)
@@ -173,35 +173,38 @@ def mean_share(features: Tensor) -> float | None:
     return min(1.0, float(features.mean(0).square().sum() / energy))
 
 
-def collapse_warnings(
-    loss: float | None, chance: float, features: Diagnostics, embeddings: Diagnostics
-) -> list[str]:
-    """Sentences for the signs of collapse that hold. Rank is no such sign: it may fall where
-    segmentation gets better.
+def collapse_warnings(loss: float | None, chance: float, embeddings: Diagnostics) -> list[str]:
+    """Sentences for the signs of collapse that hold, each with the flags that helped [1].
+
+    The pooled features are not judged: behind a ReLU they lean to one side and vary little, most
+    of all where segmentation is best. Nor is the rank: it may fall where segmentation gets better.
 
     Args:
         loss: of the contrast, in nats, averaged over the epoch; None before the first.
         chance: log(K + 1), the loss of guessing among the positive and K negatives.
-        features: of the pooled features.
         embeddings: of the projected vectors.
+
+    [1] benchmarks/results/ablation/RESULTS.md.
     """
     warnings = []
     if loss is not None and abs(loss - chance) <= _CHANCE_MARGIN * chance:
         warnings.append(
             f"The loss of {loss:.3f} stays within 5 % of chance, log(K + 1) = {chance:.3f}: "
-            "queries are not told from the negatives."
+            "queries are not told from the negatives. Try a higher --lr or --momentum."
         )
-    for name, found in (("features", features), ("embeddings", embeddings)):
-        if found.std_sqrt_d is not None and found.std_sqrt_d < _STD_FLOOR:
-            warnings.append(
-                f"The {name} hardly vary: the standard deviation of a dimension times sqrt(D) is "
-                f"{found.std_sqrt_d:.2f}, below {_STD_FLOOR} (1 is an even spread)."
-            )
-        if found.mean_share is not None and found.mean_share > _MEAN_SHARE_CEILING:
-            warnings.append(
-                f"The {name} point the same way: {found.mean_share:.0%} of their energy lies in "
-                f"the mean vector, more than {_MEAN_SHARE_CEILING:.0%}."
-            )
+    if embeddings.std_sqrt_d is not None and embeddings.std_sqrt_d < _STD_FLOOR:
+        warnings.append(
+            "The embeddings hardly vary: the standard deviation of a dimension times sqrt(D) is "
+            f"{embeddings.std_sqrt_d:.2f}, below {_STD_FLOOR} (1 is an even spread). Try a higher "
+            "--momentum, or --decorrelation zca."
+        )
+    correlation = embeddings.mean_abs_correlation
+    if correlation is not None and correlation > _CORRELATION_CEILING:
+        warnings.append(
+            "The embeddings' dimensions repeat each other: their mean |correlation| is "
+            f"{correlation:.2f}, above {_CORRELATION_CEILING}. Try --decorrelation zca, or a "
+            "higher --lr."
+        )
     return warnings
 
 

@@ -233,7 +233,7 @@ class Pretraining:
         # An untrained encoder is expected to look collapsed; later, only news is told.
         told = len(self.diagnostics["warnings"]) if self.diagnostics.get("step") else 0
         loss = self.losses[0] / self.losses[1] if self.losses[1] else None
-        warnings = collapse_warnings(loss, self.chance, looked["features"], looked["embeddings"])
+        warnings = collapse_warnings(loss, self.chance, looked["embeddings"])
         self.diagnostics = {
             "stage": "diagnostics",
             "epoch": self.step // self.sampler.batches,

@@ -43,7 +43,8 @@ def test_variants_are_compared_on_the_seeds_and_volumes_that_they_share():
 def test_effects_of_a_two_by_two():
     ones = np.ones((2, 3))
     scores = {"mocov2": 30 * ones, "local": 34 * ones, "zca": 40 * ones, "medmoco": 47 * ones}
-    found = {name: effect(name, weights, scores).points for name, weights in EFFECTS.items()}
+    factorial = {name: own for name, own in EFFECTS.items() if own.keys() <= scores.keys()}
+    found = {name: effect(name, weights, scores).points for name, weights in factorial.items()}
     assert found == pytest.approx(
         {"local learning": 5.5, "decorrelation": 11.5, "both together": 17, "interaction": 3}
     )

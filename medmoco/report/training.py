@@ -31,9 +31,9 @@ COLUMNS = (
     "share of the mean",
 )
 HOW_TO_READ = (
-    f"A warning comes when the loss stays within 5 % of log(K+1), when std {TIMES} √D is below "
-    "0.3, or when the mean vector holds more than 0.9 of the energy. The rank is shown, not "
-    "judged: a higher one need not come with a higher Dice."
+    f"A warning comes when the loss stays within 5 % of log(K+1), or when of the embeddings std "
+    f"{TIMES} √D is below 0.3 or the mean |correlation| above 0.6. Features and ranks are shown, "
+    "not judged: a higher rank need not come with a higher Dice."
 )
 
 
