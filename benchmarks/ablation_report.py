@@ -28,12 +28,23 @@ from ablation_statistics import (
     mean_over_organs,
 )
 from medmoco.command import run_command
+from medmoco.diagnostics import CHANCE_MARGIN, CORRELATION_CEILING, STD_FLOOR
 from medmoco.errors import UserError
 from variants import CONTROLS, FACTORIAL, RANDOM, VARIANTS
 
 NOTHING = "-"
-CHANCE = 0.95  # of log(K + 1): a loss above it has hardly left chance
+CHANCE = 1 - CHANCE_MARGIN  # of log(K + 1): a loss above it has hardly left chance
 DPI = 120
+# Signs of collapse that could be warned of: a column, whether to warn above or below, the limit.
+SIGNS = (
+    ("loss_of_chance", "above", CHANCE),
+    ("embeddings_std_sqrt_d", "below", STD_FLOOR),
+    ("embeddings_mean_abs_correlation", "above", CORRELATION_CEILING),
+    ("embeddings_rank_share", "below", 0.1),
+    ("features_std_sqrt_d", "below", STD_FLOOR),
+    ("features_mean_share", "above", 0.9),
+    ("features_rank_share", "below", 0.2),
+)
 
 Row = dict[str, str]
 
@@ -48,6 +59,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     print(f"\n{variant_table(runs)}")
     print(f"\n{effect_table(dice)}")
     print(f"\n{diagnostic_table(runs)}")
+    print(f"\n{sign_table(runs)}")
     plots = {
         "dice_and_rank.png": rank_plot(runs),
         "dice_and_labels.png": labels_plot(runs),
@@ -190,6 +202,28 @@ def diagnostic_table(runs: Sequence[Row]) -> str:
         all_runs = [pair for own in pairs.values() for pair in own]
         lines.append([f"`{column}`", _rank_correlation(means), _rank_correlation(all_runs)])
     return markdown(header, lines)
+
+
+def sign_table(runs: Sequence[Row]) -> str:
+    """The linear decoder's Dice of the runs that show a sign of collapse at their end, and of those
+    that do not: a sign is worth a warning if it comes with the lower Dice."""
+    trained = [row for row in runs if row["variant"] in VARIANTS]
+    lines = []
+    for column, side, limit in SIGNS:
+        groups: tuple[list[float], list[float]] = ([], [])
+        for row in trained:
+            if row[column] != "":
+                value = float(row[column])
+                shown = value > limit if side == "above" else value < limit
+                groups[shown].append(100 * float(row["linear_dice"]))
+        without, having = (
+            f"{len(dice)} runs: {np.mean(dice):.1f} ({min(dice):.1f} to {max(dice):.1f})"
+            if dice
+            else NOTHING
+            for dice in groups
+        )
+        lines.append([f"`{column}` {side} {limit:g}", having, without])
+    return markdown(["sign", "Dice with it", "Dice without"], lines)
 
 
 def _rank_correlation(pairs: Sequence[Any]) -> str:

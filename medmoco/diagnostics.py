@@ -10,12 +10,13 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+# Where `collapse_warnings` sees a sign of collapse.
+CHANCE_MARGIN = 0.05
+STD_FLOOR = 0.3
+CORRELATION_CEILING = 0.6
 _RANKME_EPS = 1e-7  # as published, added to each share of the singular values
 _ALPHA_FIRST, _ALPHA_LAST = 11, 100  # ranks of the log-log fit, counted from 1
 _ALPHA_LEAST = 20  # fewer eigenvalues leave too short a stretch to fit
-_CHANCE_MARGIN = 0.05
-_STD_FLOOR = 0.3
-_CORRELATION_CEILING = 0.6
 
 
 @dataclasses.dataclass(frozen=True)
@@ -187,22 +188,22 @@ def collapse_warnings(loss: float | None, chance: float, embeddings: Diagnostics
     [1] benchmarks/results/ablation/RESULTS.md.
     """
     warnings = []
-    if loss is not None and abs(loss - chance) <= _CHANCE_MARGIN * chance:
+    if loss is not None and abs(loss - chance) <= CHANCE_MARGIN * chance:
         warnings.append(
             f"The loss of {loss:.3f} stays within 5 % of chance, log(K + 1) = {chance:.3f}: "
             "queries are not told from the negatives. Try a higher --lr or --momentum."
         )
-    if embeddings.std_sqrt_d is not None and embeddings.std_sqrt_d < _STD_FLOOR:
+    if embeddings.std_sqrt_d is not None and embeddings.std_sqrt_d < STD_FLOOR:
         warnings.append(
             "The embeddings hardly vary: the standard deviation of a dimension times sqrt(D) is "
-            f"{embeddings.std_sqrt_d:.2f}, below {_STD_FLOOR} (1 is an even spread). Try a higher "
+            f"{embeddings.std_sqrt_d:.2f}, below {STD_FLOOR} (1 is an even spread). Try a higher "
             "--momentum, or --decorrelation zca."
         )
     correlation = embeddings.mean_abs_correlation
-    if correlation is not None and correlation > _CORRELATION_CEILING:
+    if correlation is not None and correlation > CORRELATION_CEILING:
         warnings.append(
             "The embeddings' dimensions repeat each other: their mean |correlation| is "
-            f"{correlation:.2f}, above {_CORRELATION_CEILING}. Try --decorrelation zca, or a "
+            f"{correlation:.2f}, above {CORRELATION_CEILING}. Try --decorrelation zca, or a "
             "higher --lr."
         )
     return warnings

@@ -172,6 +172,16 @@ def test_diagnostics_are_ranked_beside_dice():
     assert "| `embeddings_rankme` | - | - |" in table
 
 
+def test_signs_of_collapse_stand_beside_the_dice_of_those_who_show_them():
+    rows = [run_row("mocov2", 0, 0.40, loss=0.96), run_row("zca", 0, 0.50, loss=0.9)]
+    rows += [run_row("zca", 1, 0.54, loss=0.8), run_row(RANDOM, 0, 0.9)]
+    table = ablation_report.sign_table(rows)
+    expected = "| 1 runs: 40.0 (40.0 to 40.0) | 2 runs: 52.0 (50.0 to 54.0) |"
+    assert f"| `loss_of_chance` above 0.95 {expected}" in table
+    correlation = "`embeddings_mean_abs_correlation` above 0.6"
+    assert f"| {correlation} | - | - |" in table
+
+
 def test_the_report_writes_plots_and_tables(finished, capsys):
     folder, _ = finished
     ablation_report.main([str(folder)])
