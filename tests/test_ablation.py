@@ -8,6 +8,7 @@ import pytest
 
 import ablation
 import ablation_report
+import ablation_tables
 from ablation_run import drawn
 from medmoco.data.splits import split_task, write_split
 from medmoco.data.task import read_task
@@ -122,7 +123,7 @@ def run_row(variant, seed, linear, loss=0.6, rank=20.0):
 
 def test_means_and_ranges_stand_in_the_table():
     rows = [run_row("zca", 0, 0.4), run_row("zca", 1, 0.5), run_row(RANDOM, 0, 0.3)]
-    lines = ablation_report.variant_table(rows).splitlines()
+    lines = ablation_tables.variant_table(rows).splitlines()
     assert [line.split(" | ")[0] for line in lines[2:]] == ["| random", "| zca"]
     assert "| zca | 2 | 45.0 (40.0 to 50.0) | 50.0 (50.0 to 50.0) |" in lines[3]
 
@@ -137,7 +138,7 @@ def test_means_and_ranges_stand_in_the_table():
     ],
 )
 def test_no_claim_is_made_over_a_baseline_that_failed(row, why):
-    assert ablation_report.failure([row], 0.3) == why
+    assert ablation_tables.failure([row], 0.3) == why
 
 
 def test_effects_have_intervals_from_five_seeds_on():
@@ -151,7 +152,7 @@ def test_effects_have_intervals_from_five_seeds_on():
             for volume in ("a", "b")
         ]
 
-    few, enough = (ablation_report.effect_table(dice(seeds)) for seeds in (2, 5))
+    few, enough = (ablation_tables.effect_table(dice(seeds)) for seeds in (2, 5))
     assert "| decorrelation | linear decoder | +11.5 | - | fewer than 5 seeds |" in few
     assert "| decorrelation | linear decoder | +11.5 | +11.5 to +11.5 | 0.001 |" in enough
 
@@ -166,7 +167,7 @@ def test_diagnostics_are_ranked_beside_dice():
         run_row(RANDOM, 0, 0.9),
     ]
     rows[0]["embeddings_rankme"] = rows[1]["embeddings_rankme"] = "3"
-    table = ablation_report.diagnostic_table(rows)
+    table = ablation_tables.diagnostic_table(rows)
     assert "| diagnostic | over 3 variants | over 4 runs |" in table
     assert "| `features_rankme_centred` | +1.00 | +0.80 |" in table
     assert "| `embeddings_rankme` | - | - |" in table
@@ -175,7 +176,7 @@ def test_diagnostics_are_ranked_beside_dice():
 def test_signs_of_collapse_stand_beside_the_dice_of_those_who_show_them():
     rows = [run_row("mocov2", 0, 0.40, loss=0.96), run_row("zca", 0, 0.50, loss=0.9)]
     rows += [run_row("zca", 1, 0.54, loss=0.8), run_row(RANDOM, 0, 0.9)]
-    table = ablation_report.sign_table(rows)
+    table = ablation_tables.sign_table(rows)
     expected = "| 1 runs: 40.0 (40.0 to 40.0) | 2 runs: 52.0 (50.0 to 54.0) |"
     assert f"| `loss_of_chance` above 0.95 {expected}" in table
     correlation = "`embeddings_mean_abs_correlation` above 0.6"
