@@ -2,8 +2,8 @@
 
     python benchmarks/ablation_report.py OUTPUT
 
-Reads OUTPUT/runs.csv, dice.csv and spectra.jsonl; prints the tables as Markdown, and writes
-OUTPUT/spectra.png, dice_and_rank.png and dice_and_labels.png.
+Reads OUTPUT/runs.csv, dice.csv, spectra.jsonl and, if there is one, search.csv; prints the tables
+as Markdown, and writes OUTPUT/spectra.png, dice_and_rank.png and dice_and_labels.png.
 """
 
 import argparse
@@ -17,13 +17,14 @@ from typing import Any
 import numpy as np
 from matplotlib.figure import Figure
 
-from ablation import DICE, RUNS, SPECTRA
+from ablation import DICE, RUNS, SEARCH, SPECTRA
 from ablation_tables import (
     Row,
     diagnostic_table,
     effect_table,
     labels_of,
     mean_of,
+    search_table,
     short_table,
     sign_table,
     variant_table,
@@ -58,7 +59,10 @@ def tables(folder: Path) -> list[str]:
     runs, dice = read_table(folder / RUNS), read_table(folder / DICE)
     of_runs = (short_table, variant_table, diagnostic_table, sign_table)
     short, *long = (table(runs) for table in of_runs)
-    return [short, effect_table(dice), *long]
+    found = [short, effect_table(dice), *long]
+    if (folder / SEARCH).is_file():
+        found.append(search_table(read_table(folder / SEARCH)))
+    return found
 
 
 def read_table(path: Path) -> list[Row]:

@@ -69,6 +69,28 @@ def short_table(runs: Sequence[Row]) -> str:
     return markdown(["variant", *dice_header(labels)], lines)
 
 
+def search_table(search: Sequence[Row]) -> str:
+    """A line a trial of the search for flags, in the order in which each variant's were run."""
+    header = ["variant", "flags", "linear Dice, cross-validated", "loss / chance"]
+    header += ["rank of embeddings", "correlation of embeddings"]
+    lines = []
+    for variant in variants_of(search):
+        for row in search:
+            if row["variant"] == variant:
+                own = [row]
+                lines.append(
+                    [
+                        variant,
+                        row["flags"] or NOTHING,
+                        _spread(own, "linear_dice", 100),
+                        _spread(own, "loss_of_chance", 1, 2),
+                        _spread(own, "embeddings_rankme_centred"),
+                        _spread(own, "embeddings_mean_abs_correlation", 1, 2),
+                    ]
+                )
+    return markdown(header, lines)
+
+
 def dice_header(labels: Sequence[int]) -> list[str]:
     return ["linear Dice", *(f"U-Net, {n} labels" for n in labels)]
 

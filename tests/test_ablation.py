@@ -183,11 +183,21 @@ def test_signs_of_collapse_stand_beside_the_dice_of_those_who_show_them():
     assert f"| {correlation} | - | - |" in table
 
 
+def test_trials_of_the_search_stand_in_a_table():
+    rows = [run_row("medmoco", 0, 0.5), run_row("mocov2", 0, 0.4), run_row("medmoco", 0, 0.6)]
+    rows[2]["flags"] = "lr=0.06"
+    first, *lines = ablation_tables.search_table(rows).splitlines()[2:]
+    assert first.startswith("| mocov2 | - | 40.0 | 0.60 |")
+    assert lines[0].startswith("| medmoco | - | 50.0 |")
+    assert lines[1].startswith("| medmoco | lr=0.06 | 60.0 |")
+
+
 def test_the_report_writes_plots_and_tables(finished, capsys):
     folder, _ = finished
     ablation_report.main([str(folder)])
     told = capsys.readouterr().out
     assert re.search(r"\| zca \| 1 \| \d+\.\d \|", told)
+    assert "cross-validated" not in told  # nothing was searched for
     for name in ("spectra.png", "dice_and_rank.png", "dice_and_labels.png"):
         assert (folder / name).read_bytes().startswith(b"\x89PNG")
 
