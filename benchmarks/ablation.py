@@ -7,11 +7,12 @@ A run pretrains one variant with one seed, then trains a linear decoder on its f
 fine-tunes U-Nets with few labelled volumes, always the same ones. As soon as it is done OUTPUT
 gets a row in runs.csv, the Dice of every test volume, model and class in dice.csv, loss and
 diagnostics of every epoch in epochs.csv, and the eigenvalues of features and embeddings in
-spectra.jsonl. Runs that have their row are left out, one
-that was stopped goes on where it was. --cross-validate compares flags (--set) on the labelled
-volumes alone, and writes search.csv. Several calls may fill one OUTPUT side by side, with
-different seeds or variants. `random` is the control: nothing is pretrained. --quick is a
-run of minutes, on phantoms unless there is a task, that says nothing about any method.
+spectra.jsonl. Runs that have their row are left out, one that was stopped goes on where it was.
+--cross-validate compares flags (--set) on the labelled volumes alone, and writes search.csv.
+Several calls may fill one OUTPUT side by side, with different seeds or variants: one a GPU, or one
+a core with OMP_NUM_THREADS=1, which does more than one process on all cores. `random` is the
+control: nothing is pretrained. --quick is a run of minutes, on phantoms unless there is a task,
+that says nothing about any method.
 """
 
 import argparse
