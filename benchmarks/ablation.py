@@ -52,6 +52,7 @@ def columns(labels: Iterable[int]) -> list[str]:
             "variant",
             "seed",
             "flags",
+            "settings",
             "scale",
             "linear_dice",
             *(f"finetune_dice_{n}" for n in labels),
@@ -65,6 +66,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Runs what has no row yet."""
     flags = _parser().parse_args(argv)
     scale = SCALES["quick" if flags.quick else flags.scale]
+    unfit = sorted(set(flags.variants) & set(CONTROLS) - {RANDOM})
+    if flags.cross_validate and unfit:
+        raise UserError(f"--cross-validate: expected variants or random, got {', '.join(unfit)}")
     task, split = _data(flags)
     experiment = Experiment(
         task, split, flags.output, scale, flags.device, dict(flags.set), flags.cross_validate
@@ -73,11 +77,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     header = columns(scale.labels)
     rows = flags.output / (SEARCH if flags.cross_validate else RUNS)
     dice, epochs, spectra = (flags.output / name for name in (DICE, EPOCHS, SPECTRA))
-    done = {
-        (row["variant"], int(row["seed"]))
-        for row in read_rows(rows, header)
-        if row["flags"] == own_flags
-    }
+    before = read_rows(rows, header)
+    if not flags.cross_validate and any(row["flags"] != own_flags for row in before):
+        raise UserError(
+            f"{rows}: expected rows with --set {own_flags or '(nothing)'}, got other ones: what is "
+            "compared is run with the same flags; choose another --output"
+        )
+    done = {(row["variant"], int(row["seed"])) for row in before if row["flags"] == own_flags}
     wanted = [(variant, seed) for seed in flags.seeds for variant in flags.variants]
     about = {
         "flags": own_flags,

@@ -15,6 +15,7 @@ from medmoco.data.slices import SliceDataset
 from medmoco.data.splits import Split
 from medmoco.downstream import CALIBRATION_SLICES, LINEAR_STRIDE, Segmentation, unet_stride
 from medmoco.finetune import finetune
+from medmoco.linear import content_mask
 from medmoco.metrics import DiceTable
 from medmoco.models.decoders import UNet
 from medmoco.models.encoder import Encoder
@@ -89,14 +90,19 @@ def blind_atlas(segmentation: Segmentation) -> dict[str, Any]:
 
 @torch.no_grad()
 def whiten_afterwards(segmentation: Segmentation, encoder: Encoder) -> WhitenedEncoder:
-    """Standardised and whitened by the cells of the pretraining slices."""
+    """Standardised and whitened by the cells of the pretraining slices, padding left out."""
     encoder.eval()
     encoder.set_output_stride(LINEAR_STRIDE)
     slices = segmentation.cache.indices_of(segmentation.split.pretrain)
     chosen = slices[:: -(-len(slices) // CALIBRATION_SLICES)]
     dataset = SliceDataset(segmentation.cache, chosen, segmentation.grid)
     batches = DataLoader(dataset, segmentation.config.batch_size)
-    cells = torch.cat([encoder(batch["image"]).movedim(1, -1).flatten(0, 2) for batch in batches])
+    parts = []
+    for batch in batches:
+        centre = slice(LINEAR_STRIDE // 2, None, LINEAR_STRIDE)
+        inside = content_mask(batch)[:, centre, centre]
+        parts.append(encoder(batch["image"]).movedim(1, -1)[inside])
+    cells = torch.cat(parts)
     deviation = cells.double().std(0).clamp(min=1e-12).float()
     _, mean, matrix = zca_whiten(cells / deviation, cells.shape[1], WHITEN_EPS)
     return WhitenedEncoder(encoder, mean * deviation, matrix[0] / deviation)

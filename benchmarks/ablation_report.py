@@ -22,6 +22,7 @@ from ablation_tables import (
     Row,
     diagnostic_table,
     effect_table,
+    failed_variants,
     labels_of,
     mean_of,
     search_table,
@@ -59,7 +60,7 @@ def tables(folder: Path) -> list[str]:
     runs, dice = read_table(folder / RUNS), read_table(folder / DICE)
     of_runs = (short_table, variant_table, diagnostic_table, sign_table)
     short, *long = (table(runs) for table in of_runs)
-    found = [short, effect_table(dice), *long]
+    found = [short, effect_table(dice, failed_variants(runs)), *long]
     if (folder / SEARCH).is_file():
         found.append(search_table(read_table(folder / SEARCH)))
     return found

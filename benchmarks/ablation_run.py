@@ -14,6 +14,7 @@ import ablation_controls as controls
 from medmoco.config import to_json
 from medmoco.data.splits import Split
 from medmoco.downstream import Segmentation
+from medmoco.errors import UserError
 from medmoco.finetune import EMPTY_SHARE
 from medmoco.labelled import foreground_slices
 from medmoco.methods import resolve
@@ -26,6 +27,9 @@ from medmoco.train import TrainConfig, kept_from_pretraining
 from variants import ATLAS, CONTROLS, PATCHES, RANDOM, SUPERVISED, VARIANTS, WHITENED, Scale
 
 FOLDS = 3
+# Flags that do not change what is learned, and those that are searched for.
+WITHOUT_EFFECT = ("output", "cache", "device", "workers", "resume", "overwrite")
+SEARCHED = ("lr", "momentum", "temperature", "queue_size", "crop_min", "key_norm")
 PARTS = ("features", "embeddings")
 DIAGNOSTICS: tuple[str, ...] = ("rankme", "rankme_centred", "rank_share", "alpha_req")
 DIAGNOSTICS += ("mean_abs_correlation", "std_sqrt_d", "mean_share")
@@ -102,6 +106,8 @@ def run(experiment: Experiment, variant: str, seed: int) -> Run:
     encoder = None
     if variant not in CONTROLS:
         epochs = [row | epoch for epoch in _pretrained(pretraining, folder)]
+        config = pretraining.config
+        row["settings"] = " ".join(f"{name}={getattr(config, name)}" for name in SEARCHED)
         row |= epochs[-1]
         spectra = _spectra(folder)
         encoder, _ = load_encoder(folder / "encoder.pt")
@@ -141,13 +147,20 @@ def _pretraining(experiment: Experiment, variant: str, seed: int, folder: Path) 
         resume=(folder / "checkpoints" / "last.pt").is_file(),
     )
     cache = open_slices(config, exclude=kept_from_pretraining(config))
-    config = resolve(config, cache)
-    write_json(folder / "flags.json", to_json(config))
-    return Pretraining(config, cache)
+    return Pretraining(resolve(config, cache), cache)
 
 
 def _pretrained(pretraining: Pretraining, folder: Path) -> list[dict[str, Any]]:
-    """Trains unless that is done; what was known of loss and features, epoch by epoch."""
+    """Trains unless that is done; what was known of loss and features, epoch by epoch.
+
+    Raises:
+        UserError: the folder holds a run with other flags, such as the defaults of another version.
+    """
+    path, flags = folder / "flags.json", to_json(pretraining.config)
+    flags = {name: value for name, value in flags.items() if name not in WITHOUT_EFFECT}
+    if path.is_file() and json.loads(path.read_text(encoding="utf-8")) != flags:
+        raise UserError(f"{path}: expected the flags of this run, got other ones; delete {folder}")
+    write_json(path, flags)
     if not (folder / "encoder.pt").is_file():
         pretraining.run()
     return [_of_epoch(record, pretraining.chance) for record in _diagnoses(folder)]
@@ -212,7 +225,8 @@ def _control(
     else:
         assert variant == WHITENED
         trained = folder.with_name(run_name("mocov2", seed, experiment.flags))
-        trained.mkdir(exist_ok=True)
+        if not (trained / "encoder.pt").is_file():
+            trained = folder  # of its own, for mocov2 may just be learning beside us
         _pretrained(_pretraining(experiment, "mocov2", seed, trained), trained)
         encoder, _ = load_encoder(trained / "encoder.pt")
         encoder = controls.whiten_afterwards(segmentation, encoder)

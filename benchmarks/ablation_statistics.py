@@ -1,19 +1,22 @@
 """What differences between variants are worth: intervals over seeds and test volumes together.
 
 Seeds and volumes are both samples: another seed gives another encoder, another hospital's patients
-other volumes. So both are drawn anew, crossed: a seed's encoders stay together, and so do the
-scores of a volume, which all variants share [1].
+other volumes; they are crossed, as every encoder segments every volume. So a difference is taken
+for a mean of a two-way table with random rows and columns. Its variance comes from their mean
+squares, with the degrees of freedom of Satterthwaite [1]. (A bootstrap over rows and columns, as of
+Owen 2007, is too sure of itself with five seeds: where these make the difference, one in six of its
+95 % intervals misses the truth.)
 
-[1] Owen, "The pigeonhole bootstrap", Annals of Applied Statistics, 2007.
+[1] Satterthwaite, "An approximate distribution of estimates of variance components", 1946.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+from scipy.stats import t as student
 
 LEAST_SEEDS = 5  # with fewer no interval is told: the ends of the range say more
-DRAWS = 10_000
 # Weights of variants; the first four of the 2 x 2.
 EFFECTS: dict[str, dict[str, float]] = {
     "local learning": {"mocov2": -0.5, "local": 0.5, "zca": -0.5, "medmoco": 0.5},
@@ -74,31 +77,40 @@ def mean_over_organs(
     }
 
 
-def effect(
-    name: str, weights: Mapping[str, float], scores: Mapping[str, np.ndarray], seed: int = 0
-) -> Effect:
+def effect(name: str, weights: Mapping[str, float], scores: Mapping[str, np.ndarray]) -> Effect:
     """The weighted sum of the variants' mean scores, and what is known of it.
 
     Args:
         weights: of variants; those of a difference add up to 0.
         scores: (seeds, volumes) of each variant, as `mean_over_organs` gives them.
-        seed: of the bootstrap.
     """
     difference = sum(weight * scores[variant] for variant, weight in weights.items())
     assert isinstance(difference, np.ndarray)
-    seeds, volumes = difference.shape
     by_seed = difference.mean(1)
     points, low, high, p = float(difference.mean()), None, None, None
-    if seeds >= LEAST_SEEDS:
-        generator = np.random.default_rng(seed)
-        # Means over a draw are weighted means, with how often each seed and volume was drawn.
-        seed_weights = generator.multinomial(seeds, [1 / seeds] * seeds, DRAWS) / seeds
-        volume_weights = generator.multinomial(volumes, [1 / volumes] * volumes, DRAWS) / volumes
-        means = np.einsum("ds,sv,dv->d", seed_weights, difference, volume_weights, optimize=True)
-        low, high = (float(end) for end in np.quantile(means, (0.025, 0.975)))
-        beyond = min((means <= 0).sum(), (means >= 0).sum())
-        p = float(min(1.0, 2 * (beyond + 1) / (DRAWS + 1)))
+    if len(by_seed) >= LEAST_SEEDS and difference.shape[1] > 1:
+        error, freedom = _standard_error(difference)
+        margin = student.ppf(0.975, freedom) * error
+        low, high = float(points - margin), float(points + margin)
+        distance = abs(points) / error if error else float(np.inf if points else 0)
+        p = float(2 * student.sf(distance, freedom))
     return Effect(name, points, low, high, p, float(by_seed.min()), float(by_seed.max()))
+
+
+def _standard_error(table: np.ndarray) -> tuple[float, float]:
+    """Of the mean of a two-way table with random rows and columns; its degrees of freedom."""
+    rows, columns = table.shape
+    by_row, by_column = table.mean(1), table.mean(0)
+    rest = table - by_row[:, None] - by_column + table.mean()
+    of_rows = columns * by_row.var(ddof=1)
+    of_columns = rows * by_column.var(ddof=1)
+    of_rest = np.square(rest).sum() / ((rows - 1) * (columns - 1))
+    squares = max(of_rows + of_columns - of_rest, of_rows, of_columns)
+    spread = of_rows**2 / (rows - 1) + of_columns**2 / (columns - 1)
+    spread += of_rest**2 / ((rows - 1) * (columns - 1))
+    least = min(rows, columns) - 1
+    freedom = max(squares**2 / spread, least) if spread else least
+    return float(np.sqrt(squares / table.size)), float(freedom)
 
 
 def holm(p_values: Sequence[float]) -> list[float]:

@@ -71,7 +71,7 @@ def short_table(runs: Sequence[Row]) -> str:
 
 def search_table(search: Sequence[Row]) -> str:
     """A line a trial of the search for flags, in the order in which each variant's were run."""
-    header = ["variant", "flags", "linear Dice, cross-validated", "loss / chance"]
+    header = ["variant", "settings", "linear Dice, cross-validated", "loss / chance"]
     header += ["rank of embeddings", "correlation of embeddings"]
     lines = []
     for variant in variants_of(search):
@@ -81,7 +81,7 @@ def search_table(search: Sequence[Row]) -> str:
                 lines.append(
                     [
                         variant,
-                        row["flags"] or NOTHING,
+                        row["settings"] or NOTHING,
                         _spread(own, "linear_dice", 100),
                         _spread(own, "loss_of_chance", 1, 2),
                         _spread(own, "embeddings_rankme_centred"),
@@ -105,34 +105,51 @@ def markdown(header: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
     return "\n".join(f"| {' | '.join(cells)} |" for cells in rows)
 
 
+def failed_variants(runs: Sequence[Row]) -> list[str]:
+    """Those over which no claim is made."""
+    floor = mean_of(runs, RANDOM, "linear_dice")
+    own = {v: [row for row in runs if row["variant"] == v] for v in variants_of(runs)}
+    return [variant for variant, rows in own.items() if failure(rows, floor)]
+
+
 def failure(runs: Sequence[Row], floor: float | None) -> str:
     """Why no claim is made over these runs, or nothing."""
     losses = [float(row["loss_of_chance"]) for row in runs if row["loss_of_chance"]]
+    at_chance = sum(loss > CHANCE for loss in losses)
     reasons = []
-    if losses and np.mean(losses) > CHANCE:
-        reasons.append("the loss has hardly left chance")
+    if at_chance:
+        reasons.append(f"the loss of {at_chance} of {len(losses)} has hardly left chance")
     linear = np.mean([float(row["linear_dice"]) for row in runs])
     if floor is not None and runs[0]["variant"] in VARIANTS and linear < floor:
         reasons.append("its probe is below that of random features")
     return f"failed: {' and '.join(reasons)}" if reasons else ""
 
 
-def effect_table(dice: Sequence[Row]) -> str:
-    """The effects in points of Dice, on the linear decoder and on U-Nets."""
+def effect_table(dice: Sequence[Row], failed: Sequence[str] = ()) -> str:
+    """The effects in points of Dice, on the linear decoder and on U-Nets; p corrected over all.
+
+    Args:
+        failed: variants over which no claim is made; effects that rest on them say so.
+    """
     header = ["effect", "on", "points", "95 % interval", "p (Holm)", "single seeds"]
-    lines = []
     stages: list[tuple[str, str, int | None]] = [("linear decoder", "linear", None)]
     counts = sorted({int(row["labels"]) for row in dice if row["stage"] == "finetune"})
     stages += [(f"U-Net, {count} labels", "finetune", count) for count in counts]
-    for title, stage, count in stages:
-        effects = _effects(dice, stage, count)
-        corrected = iter(holm([found.p for found in effects if found.p is not None]))
-        for found in effects:
-            interval = NOTHING if found.low is None else f"{found.low:+.1f} to {found.high:+.1f}"
-            p = f"fewer than {LEAST_SEEDS} seeds" if found.p is None else f"{next(corrected):.3f}"
-            seeds = f"{found.lowest:+.1f} to {found.highest:+.1f}"
-            lines.append([found.name, title, f"{found.points:+.1f}", interval, p, seeds])
+    found = [(title, one) for title, stage, count in stages for one in _effects(dice, stage, count)]
+    corrected = iter(holm([one.p for _, one in found if one.p is not None]))
+    lines = []
+    for title, one in found:
+        interval = NOTHING if one.low is None else f"{one.low:+.1f} to {one.high:+.1f}"
+        p = f"fewer than {LEAST_SEEDS} seeds" if one.p is None else _p_value(next(corrected))
+        seeds = f"{one.lowest:+.1f} to {one.highest:+.1f}"
+        resting = [variant for variant in EFFECTS[one.name] if variant in failed]
+        name = f"{one.name} (failed: {', '.join(resting)})" if resting else one.name
+        lines.append([name, title, f"{one.points:+.1f}", interval, p, seeds])
     return markdown(header, lines)
+
+
+def _p_value(p: float) -> str:
+    return "< 0.001" if p < 0.001 else f"{p:.3f}"
 
 
 def _effects(dice: Sequence[Row], stage: str, labels: int | None) -> list[Effect]:

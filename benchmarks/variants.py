@@ -32,6 +32,17 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "medmoco-ema": {"method": "medmoco", "key_norm": "ema"},
     "same-volume": {"method": "mocov2", "same": "volume"},
     "same-none": {"method": "mocov2", "same": "none"},
+    # The paper's method at this size: the preset but for network, images, schedule, queue and
+    # weight decay.
+    "paper": {
+        "method": "mocov2",
+        "local": "regions",
+        "decorrelation": "iternorm",
+        "whiten_at": "last-norm",
+        "same": "none",
+        "temperature": 0.2,
+        "crop_min": 0.2,
+    },
     # The scale's learning rate is the one that suits mocov2 best; these are what suits medmoco
     # best there, and the default.
     "medmoco-lr-0.06": {"method": "medmoco", "lr": 0.06},

@@ -153,7 +153,7 @@ def sample_pixels(
 
 def content_mask(batch: dict[str, Tensor]) -> Tensor:
     """(B, S, S) bool: the pixels of each canvas that its slice covers, which lies centred."""
-    size = batch["label"].shape[-1]
+    size = batch["image"].shape[-1]
     offset = (torch.arange(size) + 0.5 - size / 2).abs()
     rows, columns = (batch["extent"] / 2).unbind(1)
     return (offset[:, None] < rows[:, None, None]) & (offset < columns[:, None, None])

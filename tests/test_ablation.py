@@ -3,6 +3,7 @@
 import csv
 import json
 import re
+import shutil
 
 import pytest
 
@@ -90,6 +91,32 @@ def test_what_has_its_row_is_not_run_again(finished, capsys):
     assert "--- " not in capsys.readouterr().out
 
 
+def test_runs_with_other_flags_are_not_mixed(finished):
+    folder, flags = finished
+    with pytest.raises(UserError, match=r"runs\.csv: expected rows with --set lr=0\.5, got other"):
+        ablation.main([*flags, "--set", "lr=0.5"])
+    row = rows_of(folder / "runs.csv")[0]
+    assert "key_norm=shuffle" in row["settings"] and "temperature=0.1" in row["settings"]
+
+
+def test_an_encoder_of_other_flags_is_not_taken(finished, tmp_path):
+    folder, flags = finished
+    copy = tmp_path / "copy"
+    shutil.copytree(folder, copy)
+    (copy / "runs.csv").unlink()
+    known = json.loads((copy / "runs" / "zca-3" / "flags.json").read_text())
+    (copy / "runs" / "zca-3" / "flags.json").write_text(json.dumps(known | {"temperature": 0.2}))
+    flags = [str(copy) if flag == str(folder) else flag for flag in flags]
+    with pytest.raises(UserError, match=r"flags\.json: expected the flags of this run"):
+        ablation.main(flags)
+
+
+def test_controls_that_need_the_test_volumes_are_not_cross_validated(tmp_path):
+    flags = ["--output", str(tmp_path), "--quick", "--cross-validate", "--variants"]
+    with pytest.raises(UserError, match="--cross-validate: expected variants or random, got atlas"):
+        ablation.main([*flags, "atlas", "mocov2"])
+
+
 def test_a_table_of_another_version_is_not_added_to(tmp_path):
     table = tmp_path / "runs.csv"
     table.write_text("variant,dice\nzca,0.5\n")
@@ -132,7 +159,10 @@ def test_means_and_ranges_stand_in_the_table():
     ("row", "why"),
     [
         (run_row("mocov2", 0, 0.35), ""),
-        (run_row("mocov2", 0, 0.35, loss=0.96), "failed: the loss has hardly left chance"),
+        (
+            run_row("mocov2", 0, 0.35, loss=0.96),
+            "failed: the loss of 1 of 1 has hardly left chance",
+        ),
         (run_row("mocov2", 0, 0.25), "failed: its probe is below that of random features"),
         (run_row(RANDOM, 0, 0.25), ""),
     ],
@@ -154,7 +184,10 @@ def test_effects_have_intervals_from_five_seeds_on():
 
     few, enough = (ablation_tables.effect_table(dice(seeds)) for seeds in (2, 5))
     assert "| decorrelation | linear decoder | +11.5 | - | fewer than 5 seeds |" in few
-    assert "| decorrelation | linear decoder | +11.5 | +11.5 to +11.5 | 0.001 |" in enough
+    assert "| decorrelation | linear decoder | +11.5 | +11.5 to +11.5 | < 0.001 |" in enough
+    resting = ablation_tables.effect_table(dice(2), failed=["zca"])
+    assert "| decorrelation (failed: zca) | linear decoder | +11.5 |" in resting
+    assert "| both together | linear decoder |" in resting
 
 
 def test_diagnostics_are_ranked_beside_dice():
@@ -185,7 +218,7 @@ def test_signs_of_collapse_stand_beside_the_dice_of_those_who_show_them():
 
 def test_trials_of_the_search_stand_in_a_table():
     rows = [run_row("medmoco", 0, 0.5), run_row("mocov2", 0, 0.4), run_row("medmoco", 0, 0.6)]
-    rows[2]["flags"] = "lr=0.06"
+    rows[2]["settings"] = "lr=0.06"
     first, *lines = ablation_tables.search_table(rows).splitlines()[2:]
     assert first.startswith("| mocov2 | - | 40.0 | 0.60 |")
     assert lines[0].startswith("| medmoco | - | 50.0 |")

@@ -64,28 +64,38 @@ def test_an_interval_is_as_wide_as_seeds_and_volumes_make_it():
     found = effect("d", {"a": 1}, {"a": 1 + by_seed + by_volume})
     expected = 2 * 1.96 * np.sqrt(by_seed.var() / seeds + by_volume.var() / volumes)
     assert found.low is not None and found.high is not None
-    assert found.high - found.low == pytest.approx(expected, rel=0.05)
+    assert found.high - found.low == pytest.approx(expected, rel=0.1)
     assert found.low < found.points < found.high
 
 
-def test_intervals_miss_the_truth_as_rarely_as_they_say():
-    """Over 200 experiments of 5 seeds; 5 seeds are few, so the bootstrap is somewhat narrow."""
+@pytest.mark.parametrize(
+    ("of_seeds", "of_volumes", "of_rest"),
+    [(1, 0, 0.1), (1, 0, 3), (2, 2, 2), (1, 3, 1), (0, 3, 1), (0, 0, 1)],
+)
+def test_intervals_miss_the_truth_as_rarely_as_they_say(of_seeds, of_volumes, of_rest):
+    """Also where five seeds make all the difference; with none at all they may be too wide."""
     generator = np.random.default_rng(5)
-    missed = 0
-    for experiment in range(200):
-        data = generator.normal(0, 1, (5, 1)) + generator.normal(0, 3, (1, 30))
-        found = effect("d", {"a": 1}, {"a": data}, seed=experiment)
-        assert found.low is not None and found.high is not None
+    experiments, missed, sure = 2000, 0, 0
+    for _ in range(experiments):
+        data = of_seeds * generator.normal(size=(5, 1)) + of_volumes * generator.normal(size=30)
+        found = effect("d", {"a": 1}, {"a": data + of_rest * generator.normal(size=(5, 30))})
+        assert found.low is not None and found.high is not None and found.p is not None
         missed += not found.low <= 0 <= found.high
-    assert missed / 200 < 0.15
+        assert (found.p < 0.05) == (not found.low <= 0 <= found.high)
+        sure += found.p < 0.003
+    assert missed / experiments < 0.07
+    assert sure / experiments < 0.008
 
 
 def test_what_is_certain_has_a_small_p_and_what_is_nothing_a_large_one():
-    certain = effect("d", {"a": 1}, {"a": np.full((5, 4), 2.0)})
-    assert certain.p == pytest.approx(2 / 10_001)
+    assert effect("d", {"a": 1}, {"a": np.full((5, 4), 2.0)}).p == 0
     sign = np.array([[1.0], [-1.0], [1.0], [-1.0], [0.0]]) * np.ones((5, 4))
     nothing = effect("d", {"a": 1}, {"a": sign})
     assert nothing.p is not None and nothing.p > 0.5
+
+
+def test_a_single_volume_has_no_interval():
+    assert effect("d", {"a": 1}, {"a": np.ones((5, 1))}).p is None
 
 
 def test_holm_corrects_the_smallest_most_and_never_reorders():
