@@ -55,7 +55,7 @@ def test_features_at_pixels_are_those_of_the_upsampled_map():
 
 
 def test_content_mask_covers_what_the_slice_covers():
-    batch = {"label": torch.zeros(2, 6, 6), "extent": torch.tensor([[6.0, 6.0], [2.0, 4.0]])}
+    batch = {"image": torch.zeros(2, 1, 6, 6), "extent": torch.tensor([[6.0, 6.0], [2.0, 4.0]])}
     mask = content_mask(batch)
     assert mask[0].all()
     expected = torch.zeros(6, 6, dtype=torch.bool)
