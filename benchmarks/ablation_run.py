@@ -99,7 +99,7 @@ def run(experiment: Experiment, variant: str, seed: int) -> Run:
     started = time.monotonic()
     folder = experiment.output / "runs" / run_name(variant, seed, experiment.flags)
     folder.mkdir(parents=True, exist_ok=True)
-    pretraining = _pretraining(experiment, variant, seed, folder)
+    pretraining = open_pretraining(experiment, variant, seed, folder)
     row: dict[str, Any] = {"variant": variant, "seed": seed}
     epochs: list[dict[str, Any]] = []
     spectra = {}
@@ -112,7 +112,7 @@ def run(experiment: Experiment, variant: str, seed: int) -> Run:
         spectra = _spectra(folder)
         encoder, _ = load_encoder(folder / "encoder.pt")
     row["pretrain_seconds"] = round(time.monotonic() - started, 1)
-    segmentation = _segmentation(experiment, pretraining, seed)
+    segmentation = open_segmentation(experiment, pretraining, seed)
     if variant in CONTROLS and variant != RANDOM:
         result = _control(experiment, segmentation, variant, seed, folder)
         scores = _linear_scores(segmentation, result, row)
@@ -133,7 +133,8 @@ def run_name(variant: str, seed: int, flags: dict[str, Any]) -> str:
     return "-".join([variant, str(seed), *(f"{name}={flags[name]}" for name in sorted(flags))])
 
 
-def _pretraining(experiment: Experiment, variant: str, seed: int, folder: Path) -> Pretraining:
+def open_pretraining(experiment: Experiment, variant: str, seed: int, folder: Path) -> Pretraining:
+    """The run in a folder, as far as it has come."""
     flags = experiment.scale.flags | VARIANTS.get(variant, VARIANTS["mocov2"])
     flags |= experiment.flags | {"device": experiment.device}
     config = TrainConfig(
@@ -185,7 +186,8 @@ def _spectra(folder: Path) -> dict[str, list[float]]:
     return {part: [float(f"{value:.4g}") for value in last[part]["spectrum"]] for part in PARTS}
 
 
-def _segmentation(experiment: Experiment, pretraining: Pretraining, seed: int) -> Segmentation:
+def open_segmentation(experiment: Experiment, pretraining: Pretraining, seed: int) -> Segmentation:
+    """The labelled volumes, on the grid of the pretraining."""
     config = pretraining.config
     return prepare(
         SegmentConfig(
@@ -227,7 +229,7 @@ def _control(
         trained = folder.with_name(run_name("mocov2", seed, experiment.flags))
         if not (trained / "encoder.pt").is_file():
             trained = folder  # of its own, for mocov2 may just be learning beside us
-        _pretrained(_pretraining(experiment, "mocov2", seed, trained), trained)
+        _pretrained(open_pretraining(experiment, "mocov2", seed, trained), trained)
         encoder, _ = load_encoder(trained / "encoder.pt")
         encoder = controls.whiten_afterwards(segmentation, encoder)
     return segmentation.run("linear", "pretrained", encoder, folder)
@@ -255,7 +257,8 @@ def _finetuned(
     scores, means = [], []
     for draw in range(1 if labels >= len(train) else scale.draws):
         chosen = drawn(train, labels, draw)
-        few = _with_labels(segmentation, chosen, scale.steps)
+        test, rate = segmentation.split.test, segmentation.config.lr
+        few = with_labels(segmentation, chosen, test, scale.steps, rate)
         output = folder / f"labels-{len(chosen)}-draw-{draw}"
         output.mkdir(exist_ok=True)
         result = few.run("finetune", "pretrained" if encoder else "scratch", encoder, output)
@@ -298,13 +301,24 @@ def drawn(train: tuple[str, ...], labels: int, draw: int) -> tuple[str, ...]:
     return tuple(sorted(train[i] for i in order[:labels]))
 
 
-def _with_labels(segmentation: Segmentation, chosen: tuple[str, ...], steps: int) -> Segmentation:
-    """The same task with these labels alone, and a schedule of so many steps."""
+def with_labels(
+    segmentation: Segmentation,
+    chosen: tuple[str, ...],
+    test: tuple[str, ...],
+    steps: int,
+    rate: float,
+) -> Segmentation:
+    """The same task with these labels alone, tested on these volumes.
+
+    Args:
+        steps: of fine-tuning, to the nearest whole epoch.
+        rate: of learning, at its peak.
+    """
     cache, config = segmentation.cache, segmentation.config
     full = int(foreground_slices(cache, cache.indices_of(chosen)).sum())
     batches = math.ceil(full * (1 + EMPTY_SHARE) / config.batch_size)
-    config = dataclasses.replace(config, epochs=max(1, round(steps / batches)))
-    split = Split(segmentation.split.pretrain, chosen, segmentation.split.test)
+    config = dataclasses.replace(config, epochs=max(1, round(steps / batches)), lr=rate)
+    split = Split(segmentation.split.pretrain, chosen, test)
     return Segmentation(config, cache, split, segmentation.grid)
 
 
