@@ -2,8 +2,9 @@
 
     python benchmarks/ablation_report.py OUTPUT
 
-Reads OUTPUT/runs.csv, dice.csv, spectra.jsonl and, if there is one, search.csv; prints the tables
-as Markdown, and writes OUTPUT/spectra.png, dice_and_rank.png and dice_and_labels.png.
+Reads OUTPUT/runs.csv, dice.csv, spectra.jsonl and, if they are there, search.csv and finetune.csv;
+prints the tables as Markdown, and writes OUTPUT/spectra.png, dice_and_rank.png and
+dice_and_labels.png.
 """
 
 import argparse
@@ -18,11 +19,13 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from ablation import DICE, RUNS, SEARCH, SPECTRA
+from ablation_finetune import FINETUNE
 from ablation_tables import (
     Row,
     diagnostic_table,
     effect_table,
     failed_variants,
+    finetune_table,
     labels_of,
     mean_of,
     search_table,
@@ -61,8 +64,9 @@ def tables(folder: Path) -> list[str]:
     of_runs = (short_table, variant_table, diagnostic_table, sign_table)
     short, *long = (table(runs) for table in of_runs)
     found = [short, effect_table(dice, failed_variants(runs)), *long]
-    if (folder / SEARCH).is_file():
-        found.append(search_table(read_table(folder / SEARCH)))
+    for name, table in ((SEARCH, search_table), (FINETUNE, finetune_table)):
+        if (folder / name).is_file():
+            found.append(table(read_table(folder / name)))
     return found
 
 

@@ -91,6 +91,18 @@ def search_table(search: Sequence[Row]) -> str:
     return markdown(header, lines)
 
 
+def finetune_table(rows: Sequence[Row]) -> str:
+    """Dice of U-Nets over rate and length of their training, a column an initialisation."""
+    variants = variants_of(rows)
+    schedules = sorted({(int(row["steps"]), float(row["rate"])) for row in rows})
+    lines = []
+    for steps, rate in schedules:
+        own = [r for r in rows if (int(r["steps"]), float(r["rate"])) == (steps, rate)]
+        dice = [[row for row in own if row["variant"] == variant] for variant in variants]
+        lines.append([str(steps), f"{rate:g}", *(_spread(found, "dice", 100) for found in dice)])
+    return markdown(["steps", "peak rate", *variants], lines)
+
+
 def dice_header(labels: Sequence[int]) -> list[str]:
     return ["linear Dice", *(f"U-Net, {n} labels" for n in labels)]
 

@@ -225,6 +225,21 @@ def test_trials_of_the_search_stand_in_a_table():
     assert lines[1].startswith("| medmoco | lr=0.06 | 60.0 |")
 
 
+def test_fine_tunings_stand_beside_each_other():
+    rows = [
+        {"variant": variant, "steps": steps, "rate": "0.002", "dice": dice}
+        for variant, steps, dice in [
+            ("medmoco", "100", "0.5"),
+            ("medmoco", "100", "0.6"),
+            (RANDOM, "1000", "0.7"),
+        ]
+    ]
+    lines = ablation_tables.finetune_table(rows).splitlines()
+    assert lines[0] == "| steps | peak rate | random | medmoco |"
+    assert lines[2] == "| 100 | 0.002 | - | 55.0 (50.0 to 60.0) |"
+    assert lines[3] == "| 1000 | 0.002 | 70.0 | - |"
+
+
 def test_the_report_writes_plots_and_tables(finished, capsys):
     folder, _ = finished
     ablation_report.main([str(folder)])
