@@ -64,9 +64,11 @@ def tables(folder: Path) -> list[str]:
     of_runs = (short_table, variant_table, diagnostic_table, sign_table)
     short, *long = (table(runs) for table in of_runs)
     found = [short, effect_table(dice, failed_variants(runs)), *long]
-    for name, table in ((SEARCH, search_table), (FINETUNE, finetune_table)):
-        if (folder / name).is_file():
-            found.append(table(read_table(folder / name)))
+    if (folder / SEARCH).is_file():
+        search = read_table(folder / SEARCH)
+        found += [search_table(search), sign_table(search)]
+    if (folder / FINETUNE).is_file():
+        found.append(finetune_table(read_table(folder / FINETUNE)))
     return found
 
 
