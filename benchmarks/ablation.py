@@ -4,21 +4,23 @@
     python benchmarks/ablation.py --output DIR --quick
 
 A run pretrains one variant with one seed, then trains a linear decoder on its frozen features and
-fine-tunes U-Nets with few labelled volumes, always the same ones. As soon as it is done OUTPUT
-gets a row in runs.csv, the Dice of every test volume, model and class in dice.csv, loss and
-diagnostics of every epoch in epochs.csv, and the eigenvalues of features and embeddings in
-spectra.jsonl. Runs that have their row are left out, one that was stopped goes on where it was.
---cross-validate compares flags (--set) on the labelled volumes alone, and writes search.csv.
-Several calls may fill one OUTPUT side by side, with different seeds or variants: one a GPU, or one
-a core with OMP_NUM_THREADS=1, which does more than one process on all cores. `random` is the
-control: nothing is pretrained. --quick is a run of minutes, on phantoms unless there is a task,
-that says nothing about any method.
+fine-tunes U-Nets with few labelled volumes, always the same ones. As soon as it is done OUTPUT gets
+a row in runs.csv, the Dice of every test volume, model and class in dice.csv, loss and diagnostics
+of every epoch in epochs.csv, and the eigenvalues of features and embeddings in spectra.jsonl. Runs
+that have their row are left out, one that was stopped goes on where it was; what the flags were by
+then, defaults included, stands in the row's settings. --cross-validate compares flags (--set) on
+the labelled volumes alone, and writes search.csv. Several calls may fill one OUTPUT side by side,
+with different seeds or variants: one a GPU, or one a core with OMP_NUM_THREADS=1, which does more
+than one process on all cores. `random` is the control: nothing is pretrained. --quick is a run of
+minutes, on phantoms unless there is a task, that says nothing about any method.
 """
 
 import argparse
 import csv
 import dataclasses
+import fcntl
 import io
+import os
 import sys
 import typing
 from collections.abc import Iterable, Sequence
@@ -28,6 +30,7 @@ from typing import Any
 import torch
 
 from ablation_run import DIAGNOSTICS, PARTS, Experiment, Score, run
+from flags import parser_for
 from medmoco.command import run_command
 from medmoco.data.phantom import generate_phantom
 from medmoco.data.splits import split_task, write_split
@@ -140,13 +143,14 @@ def read_rows(path: Path, header: Sequence[str]) -> list[dict[str, str]]:
 
 
 def append(path: Path, header: Sequence[str], rows: Iterable[dict[str, Any]]) -> None:
-    """Adds rows to a table, in one write; what has no value stays empty."""
+    """Adds rows to a table, which several processes may do; what has no value stays empty."""
     text = io.StringIO()
     writer = csv.DictWriter(text, header, lineterminator="\n")
-    if not path.exists():
-        writer.writeheader()
-    writer.writerows({name: _rounded(row.get(name)) for name in header} for row in rows)
     with path.open("a", encoding="utf-8", newline="") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        if file.seek(0, os.SEEK_END) == 0:
+            writer.writeheader()
+        writer.writerows({name: _rounded(row.get(name)) for name in header} for row in rows)
         file.write(text.getvalue())
 
 
@@ -165,13 +169,7 @@ def _setting(text: str) -> tuple[str, Any]:
 
 
 def _parser() -> argparse.ArgumentParser:
-    description, _, rest = (__doc__ or "").partition("\n\n")
-    parser = argparse.ArgumentParser(
-        description=description,
-        epilog=rest,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    parser = parser_for(__doc__)
     add = parser.add_argument
     names = (*VARIANTS, *CONTROLS)
     add("--task", type=Path, help="labelled data; its images are pretrained on")

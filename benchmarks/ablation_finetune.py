@@ -22,6 +22,7 @@ from ablation_run import (
     run_name,
     with_labels,
 )
+from flags import parser_for
 from medmoco.command import run_command
 from medmoco.errors import UserError
 from medmoco.models.encoder import load_encoder
@@ -70,13 +71,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def _parser() -> argparse.ArgumentParser:
-    description, _, rest = (__doc__ or "").partition("\n\n")
-    parser = argparse.ArgumentParser(
-        description=description,
-        epilog=rest,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    parser = parser_for(__doc__)
     add = parser.add_argument
     add("--task", type=Path, required=True, help="labelled data")
     add("--split", type=Path, default=HIPPOCAMPUS, help="default: that of the hippocampus set")

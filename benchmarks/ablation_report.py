@@ -7,7 +7,6 @@ prints the tables as Markdown, and writes OUTPUT/spectra.png, dice_and_rank.png 
 dice_and_labels.png.
 """
 
-import argparse
 import csv
 import json
 import sys
@@ -34,6 +33,7 @@ from ablation_tables import (
     variant_table,
     variants_of,
 )
+from flags import parser_for
 from medmoco.command import run_command
 from medmoco.errors import UserError
 from variants import RANDOM, VARIANTS
@@ -43,7 +43,7 @@ DPI = 120
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Prints the tables, writes the plots."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n\n")[0])
+    parser = parser_for(__doc__)
     parser.add_argument("output", type=Path, help="folder of the tables")
     folder = parser.parse_args(argv).output
     print("\n\n".join(tables(folder)), end="\n\n")

@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 from cases import OPERATIONS
 from contest import Case, run_case
-from flags import check_files, chosen_device
+from flags import check_files, chosen_device, parser_for
 from operation import Operation, Size
 from reporting import (
     LEGEND,
@@ -94,13 +94,7 @@ def parse_size(text: str, operation: Operation) -> Size:
 
 
 def _parser() -> argparse.ArgumentParser:
-    description, _, rest = (__doc__ or "").partition("\n\n")
-    parser = argparse.ArgumentParser(
-        description=description,
-        epilog=rest,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    parser = parser_for(__doc__)
     add = parser.add_argument
     add("--op", nargs="+", choices=OPERATIONS, default=list(OPERATIONS), help="default: all")
     add("--device", help="cpu, cuda, cuda:1; default: cuda if there is a GPU")

@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from flags import check_files, chosen_device
+from flags import check_files, chosen_device, parser_for
 from medmoco.errors import UserError
 from medmoco.methods import build_model
 from medmoco.models.encoder import ARCHITECTURES, OUTPUT_STRIDES
@@ -161,13 +161,7 @@ def parse_flags(argv: Sequence[str] | None) -> tuple[argparse.Namespace, list[Tr
 
 
 def _parser() -> argparse.ArgumentParser:
-    description, _, rest = (__doc__ or "").partition("\n\n")
-    parser = argparse.ArgumentParser(
-        description=description,
-        epilog=rest,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    parser = parser_for(__doc__)
     add = parser.add_argument
     methods = tuple(OPERATORS)
     add("--methods", nargs="+", choices=methods, default=methods, help="default: all")

@@ -6,6 +6,17 @@ from pathlib import Path
 import torch
 
 
+def parser_for(doc: str | None) -> argparse.ArgumentParser:
+    """Of a command whose help is its module's docstring; flags are to be written out."""
+    description, _, rest = (doc or "").partition("\n\n")
+    return argparse.ArgumentParser(
+        description=description,
+        epilog=rest,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+
+
 def chosen_device(parser: argparse.ArgumentParser, name: str | None) -> torch.device:
     """--device, or CUDA where there is a GPU. Exits with status 2 where there is no such device."""
     if name is None:

@@ -4,6 +4,7 @@ import csv
 import json
 import re
 import shutil
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
@@ -272,3 +273,13 @@ def test_an_unknown_flag_is_refused(tmp_path, capsys):
     with pytest.raises(SystemExit):
         ablation.main(["--output", str(tmp_path), "--set", "rate=3"])
     assert "'rate=3': there is no such flag of pretraining" in capsys.readouterr().err
+
+
+def test_writers_that_start_a_table_together_write_one_header(tmp_path):
+    table, header = tmp_path / "runs.csv", ["variant", "seed"]
+    table.touch()  # as another one has it that has not written yet
+    with ThreadPoolExecutor(8) as writers:
+        rows = ([{"variant": "zca", "seed": seed}] for seed in range(8))
+        list(writers.map(lambda row: ablation.append(table, header, row), rows))
+    seeds = {row["seed"] for row in ablation.read_rows(table, header)}
+    assert seeds == {str(seed) for seed in range(8)}

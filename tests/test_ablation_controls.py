@@ -39,7 +39,8 @@ def test_patches_hold_the_pixels_around_their_cell():
     torch.testing.assert_close(middle, resized)
 
 
-def test_the_atlas_knows_where_organs_are_and_reads_no_pixel(segmentation):
+def test_the_atlas_knows_where_organs_are_and_reads_no_pixel(segmentation, monkeypatch):
+    monkeypatch.delattr(type(segmentation.cache), "images")
     result = controls.blind_atlas(segmentation)
     assert result["dice_per_volume"].keys() == set(segmentation.split.test)
     means = [dice for dice in result["dice_per_class"].values() if dice is not None]
@@ -76,8 +77,21 @@ def _mean_correlation(encoder, segmentation):
     return np.abs(correlation[~np.eye(len(correlation), dtype=bool)]).mean()
 
 
-def test_the_supervised_encoder_has_learned(segmentation):
+def test_the_supervised_encoder_learns_from_the_labels_of_all_pretraining_volumes(
+    segmentation, monkeypatch
+):
+    used = []
+
+    def finetune(segmenter, dataset, *arguments, **flags):
+        used.extend(dataset[i]["label"] for i in range(len(dataset)))
+        return train(segmenter, dataset, *arguments, **flags)
+
+    train = controls.finetune
+    monkeypatch.setattr(controls, "finetune", finetune)
     encoder = controls.supervised_encoder(segmentation, steps=1)
     torch.manual_seed(segmentation.config.seed)
     fresh = Encoder("resnet18", 0.125)
     assert not torch.equal(encoder.conv1.weight, fresh.conv1.weight)
+    cache = segmentation.cache
+    assert len(used) == len(cache.indices_of(segmentation.split.pretrain)) > 0
+    assert any((label > 0).any() for label in used)

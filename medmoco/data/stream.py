@@ -63,6 +63,7 @@ class ResidentLoader:
         self, dataset: SliceDataset, sampler: EpochSampler, workers: int, device: torch.device
     ) -> None:
         self.sampler = sampler
+        self.device = device
         batches = DataLoader(
             dataset,
             sampler.batch_size,
@@ -77,7 +78,8 @@ class ResidentLoader:
 
     def __iter__(self) -> Iterator[dict[str, Tensor]]:
         for positions in self.sampler:
-            yield {name: values[positions] for name, values in self.slices.items()}
+            rows = torch.tensor(positions, device=self.device)
+            yield {name: values[rows] for name, values in self.slices.items()}
 
 
 def make_loader(
