@@ -2,8 +2,8 @@
 
     python benchmarks/ablation_report.py OUTPUT
 
-Reads OUTPUT/runs.csv, dice.csv, spectra.jsonl and, if they are there, search.csv and finetune.csv;
-prints the tables as Markdown, and writes OUTPUT/spectra.png, dice_and_rank.png and
+Reads OUTPUT/runs.csv, dice.csv, spectra.jsonl and, if they are there, search.csv, finetune.csv and
+leak.csv; prints the tables as Markdown, and writes OUTPUT/spectra.png, dice_and_rank.png and
 dice_and_labels.png.
 """
 
@@ -19,6 +19,7 @@ from matplotlib.figure import Figure
 
 from ablation import DICE, RUNS, SEARCH, SPECTRA
 from ablation_finetune import FINETUNE
+from ablation_leak import LEAK
 from ablation_tables import (
     Row,
     diagnostic_table,
@@ -26,6 +27,7 @@ from ablation_tables import (
     failed_variants,
     finetune_table,
     labels_of,
+    leak_table,
     mean_of,
     search_table,
     short_table,
@@ -69,6 +71,8 @@ def tables(folder: Path) -> list[str]:
         found += [search_table(search), sign_table(search)]
     if (folder / FINETUNE).is_file():
         found.append(finetune_table(read_table(folder / FINETUNE)))
+    if (folder / LEAK).is_file():
+        found.append(leak_table(read_table(folder / LEAK)))
     return found
 
 

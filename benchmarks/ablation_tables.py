@@ -103,6 +103,16 @@ def finetune_table(rows: Sequence[Row]) -> str:
     return markdown(["steps", "peak rate", *variants], lines)
 
 
+def leak_table(rows: Sequence[Row]) -> str:
+    """Global loss by the images that keys were normalised among, mean and range over seeds."""
+    kinds = list(dict.fromkeys(row["keys"] for row in rows))
+    lines = []
+    for variant in variants_of(rows):
+        own = [[r for r in rows if (r["variant"], r["keys"]) == (variant, kind)] for kind in kinds]
+        lines.append([variant, str(len(own[0])), *(_spread(found, "loss", 1, 2) for found in own)])
+    return markdown(["variant", "seeds", *kinds], lines)
+
+
 def dice_header(labels: Sequence[int]) -> list[str]:
     return ["linear Dice", *(f"U-Net, {n} labels" for n in labels)]
 

@@ -85,7 +85,7 @@ SCALES = {
     "cpu": Scale(
         {"arch": "resnet18", "width": 0.25, "image_size": 64, "output_stride": 8, "epochs": 5}
         | {"batch_size": 128, "slice_axis": 1, "lr": 0.24},
-        labels=(3, 30),
+        labels=(1, 3, 10, 30),
         draws=2,
         steps=300,
     ),
