@@ -38,7 +38,7 @@ from ablation_tables import (
 from flags import parser_for
 from medmoco.command import run_command
 from medmoco.errors import UserError
-from variants import RANDOM, VARIANTS
+from variants import FACTORIAL, RANDOM, VARIANTS
 
 DPI = 120
 
@@ -99,19 +99,19 @@ def read_spectra(path: Path) -> list[dict[str, Any]]:
 
 def rank_plot(runs: Sequence[Row]) -> Figure:
     """Dice of the linear decoder beside the effective rank, a point a run."""
-    figure = Figure(figsize=(6, 4.5), layout="constrained")
+    figure = Figure(figsize=(8, 4.5), layout="constrained")
     axes = figure.subplots()
     for number, variant in enumerate(v for v in variants_of(runs) if v in VARIANTS):
         own = [row for row in runs if row["variant"] == variant]
         ranks = [float(row["features_rankme_centred"]) for row in own]
         scores = [100 * float(row["linear_dice"]) for row in own]
-        axes.scatter(ranks, scores, color=f"C{number % 10}", marker="osD^"[number // 10 % 4],
+        axes.scatter(ranks, scores, color=f"C{number % 10}", marker="osD^"[number // 10],
                      label=variant)  # fmt: skip
     floor = mean_of(runs, RANDOM, "linear_dice")
     if floor is not None:
         axes.axhline(100 * floor, color="0.6", linestyle="--", label="random features")
     axes.set(xlabel="effective rank of centred features (RankMe)", ylabel="linear Dice, points")
-    axes.legend(fontsize="small")
+    figure.legend(loc="outside right upper", fontsize="small")
     return figure
 
 
@@ -120,11 +120,11 @@ def labels_plot(runs: Sequence[Row]) -> Figure:
     figure = Figure(figsize=(6, 4.5), layout="constrained")
     axes = figure.subplots()
     labels = labels_of(runs)
-    for number, variant in enumerate(v for v in variants_of(runs) if v in (RANDOM, *VARIANTS)):
+    shown = [v for v in variants_of(runs) if v in (RANDOM, *FACTORIAL)]
+    for number, variant in enumerate(shown):
         own = [row for row in runs if row["variant"] == variant]
         scores = np.array([[100 * float(row[f"finetune_dice_{n}"]) for n in labels] for row in own])
-        colour = "0.4" if variant == RANDOM else f"C{number % 10}"
-        name = "from scratch" if variant == RANDOM else variant
+        name, colour = (variant, f"C{number}") if variant != RANDOM else ("from scratch", "0.4")
         axes.plot(labels, scores.mean(0), "o-", color=colour, label=name)
         axes.fill_between(labels, scores.min(0), scores.max(0), color=colour, alpha=0.15)
     axes.set(xscale="log", xlabel="labelled volumes", ylabel="Dice, points")
@@ -136,7 +136,7 @@ def labels_plot(runs: Sequence[Row]) -> Figure:
 
 def spectra_plot(spectra: Sequence[dict[str, Any]]) -> Figure:
     """Eigenvalues of features and embeddings, relative to their sum, the mean over seeds."""
-    figure = Figure(figsize=(10, 4.5), layout="constrained")
+    figure = Figure(figsize=(12, 4.5), layout="constrained")
     both = figure.subplots(1, 2)
     variants = [v for v in VARIANTS if any(s["variant"] == v for s in spectra)]
     for axes, part in zip(both, ("features", "embeddings"), strict=True):
@@ -147,10 +147,9 @@ def spectra_plot(spectra: Sequence[dict[str, Any]]) -> Figure:
             mean = np.mean([values / values.sum() for values in own], axis=0)
             shown = mean[mean > 0]
             axes.semilogy(np.arange(1, len(shown) + 1), shown, color=f"C{number % 10}",
-                          linestyle=("-", "--", ":")[number // 10 % 3], label=variant)  # fmt: skip
+                          linestyle=("-", "--", ":")[number // 10], label=variant)  # fmt: skip
         axes.set(title=part, xlabel="eigenvalue", ylabel="share of the sum")
-    if variants:
-        both[0].legend(fontsize="small")
+    figure.legend(*both[0].get_legend_handles_labels(), loc="outside right upper", fontsize="small")
     return figure
 
 

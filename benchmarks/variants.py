@@ -48,6 +48,9 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "medmoco-lr-0.06": {"method": "medmoco", "lr": 0.06},
     "mocov2-lr-0.015": {"method": "mocov2", "lr": 0.015},
     "medmoco-lr-0.015": {"method": "medmoco", "lr": 0.015},
+    # Without a limit the first gradient through the whitening replaces the weights of the stem.
+    "zca-clip-1": {"method": "mocov2", "decorrelation": "zca", "clip_norm": 1.0},
+    "medmoco-clip-1": {"method": "medmoco", "clip_norm": 1.0},
     # Four times the cpu scale's epochs, at both rates.
     "mocov2-20-epochs": {"method": "mocov2", "epochs": 20},
     "medmoco-20-epochs": {"method": "medmoco", "epochs": 20},

@@ -147,7 +147,13 @@ class Pretraining:
             group["lr"] = lr
         views, ids = self._views(batch), self._ids(batch["index"])
         losses = train_step(
-            self.model, self.optimizer, views, ids, self.generator, self._autocast()
+            self.model,
+            self.optimizer,
+            views,
+            ids,
+            self.generator,
+            self._autocast(),
+            self.config.clip_norm,
         )
         self.step += 1
         record = {

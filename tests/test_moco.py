@@ -1,5 +1,6 @@
 """The model: its losses against loops that read like the formulas, and how keys come to be."""
 
+import contextlib
 import math
 
 import pytest
@@ -9,7 +10,7 @@ from torch.nn import functional
 from medmoco.data.views import View
 from medmoco.models.branch import Branch, Embedding
 from medmoco.models.encoder import Encoder
-from medmoco.models.moco import MoCo, recalibrate_batchnorm
+from medmoco.models.moco import MoCo, recalibrate_batchnorm, train_step
 from medmoco.models.whitening import ZCAWhitening
 
 SIZE, STRIDE, BATCH, QUEUE = 32, 8, 6, 11
@@ -262,6 +263,24 @@ def test_local_queue_holds_a_cell_of_each_image_or_with_dense_their_average(view
     cells = functional.normalize(key.local, dim=1).flatten(2)
     nearest = torch.einsum("bc,bcj->bj", model.local_queue.keys[:BATCH], cells).amax(1)
     torch.testing.assert_close(nearest, torch.ones(BATCH))
+
+
+def first_step(clip_norm, views, ids) -> torch.Tensor:
+    """How far plain descent at a rate of 1 moves the weights: the gradient, turned around."""
+    model = make_model()
+    fill(model, torch.Generator().manual_seed(1))
+    before = torch.nn.utils.parameters_to_vector(model.query.parameters())
+    optimizer = torch.optim.SGD(model.query.parameters(), lr=1.0)
+    generator = torch.Generator().manual_seed(2)
+    train_step(model, optimizer, views, ids, generator, contextlib.nullcontext(), clip_norm)
+    return (torch.nn.utils.parameters_to_vector(model.query.parameters()) - before).detach()
+
+
+def test_a_step_goes_no_farther_than_the_gradient_may_and_not_another_way(views, ids):
+    free = first_step(None, views, ids)
+    limit = 0.1 * float(free.norm())
+    torch.testing.assert_close(first_step(limit, views, ids), 0.1 * free, rtol=1e-3, atol=1e-6)
+    assert torch.equal(first_step(2 * float(free.norm()), views, ids), free)
 
 
 def test_recalibration_gives_every_batch_the_same_weight(generator):
