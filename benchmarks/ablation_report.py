@@ -122,8 +122,12 @@ def labels_plot(runs: Sequence[Row]) -> Figure:
     labels = labels_of(runs)
     shown = [v for v in variants_of(runs) if v in (RANDOM, *FACTORIAL)]
     for number, variant in enumerate(shown):
-        own = [row for row in runs if row["variant"] == variant]
-        scores = np.array([[100 * float(row[f"finetune_dice_{n}"]) for n in labels] for row in own])
+        own = [
+            [100 * float(row[f"finetune_dice_{n}"] or "nan") for n in labels]
+            for row in runs
+            if row["variant"] == variant
+        ]
+        scores = np.ma.masked_invalid(own)
         name, colour = (variant, f"C{number}") if variant != RANDOM else ("from scratch", "0.4")
         axes.plot(labels, scores.mean(0), "o-", color=colour, label=name)
         axes.fill_between(labels, scores.min(0), scores.max(0), color=colour, alpha=0.15)

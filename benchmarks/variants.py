@@ -31,6 +31,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "ema": {"method": "mocov2", "key_norm": "ema"},
     "medmoco-ema": {"method": "medmoco", "key_norm": "ema"},
     "same-volume": {"method": "mocov2", "same": "volume"},
+    "medmoco-same-volume": {"method": "medmoco", "same": "volume"},
     "same-none": {"method": "mocov2", "same": "none"},
     # The paper's method at this size: the preset but for network, images, schedule, queue and
     # weight decay.

@@ -4,6 +4,7 @@ import dataclasses
 import math
 from typing import TYPE_CHECKING, Any, TypeVar
 
+import numpy as np
 import torch
 
 from medmoco.data.cache import SliceCache
@@ -73,10 +74,15 @@ def resolve(config: Config, cache: SliceCache) -> Config:
     """The configuration with every flag decided: by the user, else the method, else the data.
 
     Raises:
-        UserError: fewer slices than one batch.
+        UserError: fewer slices than one batch, or --same volume where there is but one.
     """
     config = apply_preset(config)
     learned, _ = hold_out_patients(cache, config.seed)
+    if config.same == "volume" and len(np.unique(cache.slice_volume[learned])) == 1:
+        raise UserError(
+            "--same volume: expected two volumes or more to learn from, got one, whose slices have "
+            "no negatives then; --same slice leaves them some"
+        )
     return apply_data_defaults(config, len(learned))
 
 

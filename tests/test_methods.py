@@ -1,11 +1,14 @@
 """What a method or a flag makes of the model."""
 
+from types import SimpleNamespace
+
+import numpy as np
 import pytest
 import torch
 from torch.nn import functional
 
 from medmoco.errors import UserError
-from medmoco.methods import apply_data_defaults, apply_preset, build_model
+from medmoco.methods import apply_data_defaults, apply_preset, build_model, resolve
 from medmoco.models.moco import MoCo
 from medmoco.models.whitening import IterNorm, ZCAWhitening
 from medmoco.pretrain import PretrainConfig
@@ -36,6 +39,19 @@ def test_method_names_local_learning_normalisation_and_whitening(method, local, 
         if isinstance(module, (ZCAWhitening, IterNorm))
     }
     assert found == ({layer} if layer else set())
+
+
+def cache_of(volumes: int) -> SimpleNamespace:
+    """As much of a cache as the flags depend on: volumes of 80 slices, each of another patient."""
+    entries = [SimpleNamespace(patient=str(v), shape=(80, 32, 32)) for v in range(volumes)]
+    return SimpleNamespace(volumes=entries, slice_volume=np.repeat(np.arange(volumes), 80))
+
+
+def test_other_volumes_cannot_be_the_negatives_where_there_are_none():
+    flags = PretrainConfig(method="mocov2", same="volume", device="cpu")
+    assert resolve(flags, cache_of(20)).same == "volume"
+    with pytest.raises(UserError, match="--same volume: expected two volumes or more"):
+        resolve(flags, cache_of(1))
 
 
 def test_flags_win_over_the_method():
