@@ -29,7 +29,7 @@ from variants import ATLAS, CONTROLS, PATCHES, RANDOM, SUPERVISED, VARIANTS, WHI
 FOLDS = 3
 # Flags that do not change what is learned, and those that are searched for.
 WITHOUT_EFFECT = ("output", "cache", "device", "workers", "resume", "overwrite")
-SEARCHED = ("lr", "momentum", "temperature", "queue_size", "crop_min", "key_norm", "same")
+SEARCHED = ("lr", "momentum", "temperature", "queue_size", "crop_min", "key_norm", "same", "clip_norm")
 PARTS = ("features", "embeddings")
 DIAGNOSTICS: tuple[str, ...] = ("rankme", "rankme_centred", "rank_share", "alpha_req")
 DIAGNOSTICS += ("mean_abs_correlation", "std_sqrt_d", "mean_share")

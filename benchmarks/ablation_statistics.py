@@ -22,8 +22,8 @@ EFFECTS: dict[str, dict[str, float]] = {
     "local learning": {"mocov2": -0.5, "local": 0.5, "zca": -0.5, "medmoco": 0.5},
     "decorrelation": {"mocov2": -0.5, "local": -0.5, "zca": 0.5, "medmoco": 0.5},
     "both together": {"mocov2": -1, "medmoco": 1},
-    "both, each at its best rate": {"mocov2": -1, "medmoco-lr-0.06": 1},
     "interaction": {"mocov2": 1, "local": -1, "zca": -1, "medmoco": 1},
+    "limited gradient": {"medmoco-unclipped": -1, "medmoco": 1},
     "medmoco over no pretraining": {"random": -1, "medmoco": 1},
 }
 

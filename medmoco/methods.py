@@ -94,7 +94,7 @@ def apply_preset(config: Config) -> Config:
     """
     preset = {**COMMON, **PRESETS[config.method]}
     config = dataclasses.replace(config, **_unset(config, preset))
-    shared = _unset(config, {"global_weight": _global_weight})
+    shared = _unset(config, {"global_weight": _global_weight, "clip_norm": _clip_norm})
     return dataclasses.replace(config, **{name: share(config) for name, share in shared.items()})
 
 
@@ -108,6 +108,13 @@ def _global_weight(config: "PretrainConfig") -> float:
             "losses: expected at most 1; --global-weight sets the other one apart"
         )
     return 1 - config.local_weight
+
+
+def _clip_norm(config: "PretrainConfig") -> float:
+    """A limit where features are whitened exactly: at the start these nearly repeat each other, and
+    the gradient through the whitening is so large that one step would replace the stem's weights,
+    which batch normalisation then hardly lets move again. Chosen by benchmarks/results/ablation."""
+    return 1.0 if config.decorrelation == "zca" else 0.0
 
 
 def apply_data_defaults(config: Config, slices: int) -> Config:

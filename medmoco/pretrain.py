@@ -47,8 +47,11 @@ class PretrainConfig:
     batch_size: int = option(None, "slices a step; default up to 256, by their number", least=2)
     lr: float = option(None, "learning rate; default 0.03 * batch size / 256", above=0)
     weight_decay: float = option(None, f"of SGD; default {COMMON['weight_decay']}", least=0)
-    clip_norm: float | None = option(
-        None, "largest norm of a step's gradient, over all weights; default no limit", above=0
+    clip_norm: float = option(
+        None,
+        "largest norm of a step's gradient, over all weights, 0 for no limit; default 1 with zca, "
+        "else 0",
+        least=0,
     )
     projector: str = option(
         None,

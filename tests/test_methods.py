@@ -41,6 +41,15 @@ def test_method_names_local_learning_normalisation_and_whitening(method, local, 
     assert found == ({layer} if layer else set())
 
 
+def test_the_gradient_is_limited_where_features_are_whitened_exactly():
+    def limit(**flags):
+        return apply_preset(PretrainConfig(**flags)).clip_norm
+
+    assert limit(method="medmoco") == limit(method="mocov2", decorrelation="zca") == 1
+    assert limit(method="mocov2") == limit(method="paper") == limit(method="densecl") == 0
+    assert limit(method="medmoco", clip_norm=0.0) == 0
+
+
 def cache_of(volumes: int) -> SimpleNamespace:
     """As much of a cache as the flags depend on: volumes of 80 slices, each of another patient."""
     entries = [SimpleNamespace(patient=str(v), shape=(80, 32, 32)) for v in range(volumes)]

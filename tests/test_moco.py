@@ -277,7 +277,7 @@ def first_step(clip_norm, views, ids) -> torch.Tensor:
 
 
 def test_a_step_goes_no_farther_than_the_gradient_may_and_not_another_way(views, ids):
-    free = first_step(None, views, ids)
+    free = first_step(0.0, views, ids)
     limit = 0.1 * float(free.norm())
     torch.testing.assert_close(first_step(limit, views, ids), 0.1 * free, rtol=1e-3, atol=1e-6)
     assert torch.equal(first_step(2 * float(free.norm()), views, ids), free)

@@ -193,7 +193,7 @@ def train_step(
     ids: Tensor,
     generator: torch.Generator,
     autocast: AbstractContextManager[object],
-    clip_norm: float | None = None,
+    clip_norm: float = 0.0,
 ) -> Losses:
     """One step on a batch: the key branch follows, the query branch learns, the queues move on.
 
@@ -204,14 +204,14 @@ def train_step(
         ids: (batch,) int64; keys with the query's id are not its negatives. -1 matches none.
         generator: draws the shuffling and the cells that are stored.
         autocast: around what is computed forward.
-        clip_norm: largest norm of the gradient over all weights; None for no limit.
+        clip_norm: largest norm of the gradient over all weights; 0 for no limit.
     """
     model.update_key()
     with autocast:
         losses, key = model(*views, ids, generator)
     optimizer.zero_grad(set_to_none=True)
     losses.total.backward()
-    if clip_norm is not None:
+    if clip_norm > 0:
         nn.utils.clip_grad_norm_(model.query.parameters(), clip_norm)
     optimizer.step()
     model.enqueue(key, ids, generator)
