@@ -7,12 +7,13 @@ A run pretrains one variant with one seed, then trains a linear decoder on its f
 fine-tunes U-Nets with few labelled volumes, always the same ones. As soon as it is done OUTPUT gets
 a row in runs.csv, the Dice of every test volume, model and class in dice.csv, loss and diagnostics
 of every epoch in epochs.csv, and the eigenvalues of features and embeddings in spectra.jsonl. Runs
-that have their row are left out, one that was stopped goes on where it was; what the flags were by
-then, defaults included, stands in the row's settings. --cross-validate compares flags (--set) on
-the labelled volumes alone, and writes search.csv. Several calls may fill one OUTPUT side by side,
-with different seeds or variants: one a GPU, or one a core with OMP_NUM_THREADS=1, which does more
-than one process on all cores. `random` is the control: nothing is pretrained. --quick is a run of
-minutes, on phantoms unless there is a task, that says nothing about any method.
+that have their row are left out, one that was stopped goes on where it was. A row's settings tell
+the flags that are searched for, defaults included; rows that another version left with other
+defaults are not told apart. --cross-validate compares flags (--set) on the labelled volumes alone,
+and writes search.csv. Several calls may fill one OUTPUT side by side, with different seeds or
+variants: one a GPU, or one a core with OMP_NUM_THREADS=1, which does more than one process on all
+cores. `random` is the control: nothing is pretrained. --quick is a run of minutes, on phantoms
+unless there is a task, that says nothing about any method.
 """
 
 import argparse
@@ -128,12 +129,12 @@ def _data(flags: argparse.Namespace) -> tuple[Path, Path]:
 
 
 def read_rows(path: Path, header: Sequence[str]) -> list[dict[str, str]]:
-    """The rows of a table, none if there is none.
+    """The rows of a table; none where there is none, or where another process just begins it.
 
     Raises:
         UserError: its columns are other ones.
     """
-    if not path.is_file():
+    if not path.is_file() or path.stat().st_size == 0:
         return []
     with path.open(newline="", encoding="utf-8") as file:
         reader = csv.DictReader(file)

@@ -17,6 +17,7 @@ from ablation import HIPPOCAMPUS, append, read_rows
 from ablation_run import (
     Experiment,
     drawn,
+    finished,
     open_pretraining,
     open_segmentation,
     run_name,
@@ -24,7 +25,6 @@ from ablation_run import (
 )
 from flags import parser_for
 from medmoco.command import run_command
-from medmoco.errors import UserError
 from medmoco.models.encoder import load_encoder
 from reporting import commit
 from variants import RANDOM, SCALES, VARIANTS
@@ -42,13 +42,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     table = flags.output / FINETUNE
     done = {tuple(row[name] for name in COLUMNS[:6]) for row in read_rows(table, COLUMNS)}
     for seed, variant in itertools.product(flags.seeds, flags.variants):
-        folder = flags.output / "runs" / run_name(variant, seed, {})
-        encoder = None
-        if variant != RANDOM:
-            if not (folder / "encoder.pt").is_file():
-                raise UserError(f"{folder}: expected a finished run, found no encoder.pt")
+        if variant == RANDOM:
+            encoder, folder = None, flags.output / "runs" / run_name(variant, seed, {})
+            pretraining = open_pretraining(experiment, variant, seed, folder)
+        else:
+            pretraining, folder = finished(experiment, variant, seed)
             encoder, _ = load_encoder(folder / "encoder.pt")
-        pretraining = open_pretraining(experiment, variant, seed, folder)
         segmentation = open_segmentation(experiment, pretraining, seed)
         labelled = segmentation.split.train
         for draw, steps, rate in itertools.product(range(flags.draws), flags.steps, flags.rates):

@@ -121,20 +121,23 @@ def labels_plot(runs: Sequence[Row]) -> Figure:
     axes = figure.subplots()
     labels = labels_of(runs)
     shown = [v for v in variants_of(runs) if v in (RANDOM, *FACTORIAL)]
-    for number, variant in enumerate(shown):
-        own = [
+    for variant in shown:
+        own = [  # not every run has every number of labels
             [100 * float(row[f"finetune_dice_{n}"] or "nan") for n in labels]
             for row in runs
             if row["variant"] == variant
         ]
         scores = np.ma.masked_invalid(own)
-        name, colour = (variant, f"C{number}") if variant != RANDOM else ("from scratch", "0.4")
+        name, colour = "from scratch", "0.4"
+        if variant != RANDOM:
+            name, colour = variant, f"C{FACTORIAL.index(variant)}"
         axes.plot(labels, scores.mean(0), "o-", color=colour, label=name)
         axes.fill_between(labels, scores.min(0), scores.max(0), color=colour, alpha=0.15)
     axes.set(xscale="log", xlabel="labelled volumes", ylabel="Dice, points")
     axes.set_xticks(labels, [str(n) for n in labels], minor=False)
     axes.set_xticks([], minor=True)
-    axes.legend(fontsize="small")
+    if shown:
+        axes.legend(fontsize="small")
     return figure
 
 
@@ -150,10 +153,13 @@ def spectra_plot(spectra: Sequence[dict[str, Any]]) -> Figure:
                 continue
             mean = np.mean([values / values.sum() for values in own], axis=0)
             shown = mean[mean > 0]
-            axes.semilogy(np.arange(1, len(shown) + 1), shown, color=f"C{number % 10}",
-                          linestyle=("-", "--", ":")[number // 10], label=variant)  # fmt: skip
+            line = ("-", "--", ":", "-.")[number // 10]
+            places = np.arange(1, len(shown) + 1)
+            axes.semilogy(places, shown, color=f"C{number % 10}", linestyle=line, label=variant)
         axes.set(title=part, xlabel="eigenvalue", ylabel="share of the sum")
-    figure.legend(*both[0].get_legend_handles_labels(), loc="outside right upper", fontsize="small")
+    if variants:
+        named = both[0].get_legend_handles_labels()
+        figure.legend(*named, loc="outside right upper", fontsize="small")
     return figure
 
 

@@ -29,7 +29,16 @@ from variants import ATLAS, CONTROLS, PATCHES, RANDOM, SUPERVISED, VARIANTS, WHI
 FOLDS = 3
 # Flags that do not change what is learned, and those that are searched for.
 WITHOUT_EFFECT = ("output", "cache", "device", "workers", "resume", "overwrite")
-SEARCHED = ("lr", "momentum", "temperature", "queue_size", "crop_min", "key_norm", "same", "clip_norm")
+SEARCHED = (
+    "lr",
+    "momentum",
+    "temperature",
+    "queue_size",
+    "crop_min",
+    "key_norm",
+    "same",
+    "clip_norm",
+)
 PARTS = ("features", "embeddings")
 DIAGNOSTICS: tuple[str, ...] = ("rankme", "rankme_centred", "rank_share", "alpha_req")
 DIAGNOSTICS += ("mean_abs_correlation", "std_sqrt_d", "mean_share")
@@ -151,8 +160,8 @@ def open_pretraining(experiment: Experiment, variant: str, seed: int, folder: Pa
     return Pretraining(resolve(config, cache), cache)
 
 
-def _pretrained(pretraining: Pretraining, folder: Path) -> list[dict[str, Any]]:
-    """Trains unless that is done; what was known of loss and features, epoch by epoch.
+def check_flags(pretraining: Pretraining, folder: Path) -> dict[str, Any]:
+    """What a run is to be made with, unless the folder holds one that was made otherwise.
 
     Raises:
         UserError: the folder holds a run with other flags, such as the defaults of another version.
@@ -161,7 +170,26 @@ def _pretrained(pretraining: Pretraining, folder: Path) -> list[dict[str, Any]]:
     flags = {name: value for name, value in flags.items() if name not in WITHOUT_EFFECT}
     if path.is_file() and json.loads(path.read_text(encoding="utf-8")) != flags:
         raise UserError(f"{path}: expected the flags of this run, got other ones; delete {folder}")
-    write_json(path, flags)
+    return flags
+
+
+def finished(experiment: Experiment, variant: str, seed: int) -> tuple[Pretraining, Path]:
+    """A run that has its encoder, as it was opened for its training, and its folder.
+
+    Raises:
+        UserError: it has none, or was made with other flags.
+    """
+    folder = experiment.output / "runs" / run_name(variant, seed, experiment.flags)
+    if not (folder / "encoder.pt").is_file():
+        raise UserError(f"{folder}: expected a finished run, found no encoder.pt")
+    pretraining = open_pretraining(experiment, variant, seed, folder)
+    check_flags(pretraining, folder)
+    return pretraining, folder
+
+
+def _pretrained(pretraining: Pretraining, folder: Path) -> list[dict[str, Any]]:
+    """Trains unless that is done; what was known of loss and features, epoch by epoch."""
+    write_json(folder / "flags.json", check_flags(pretraining, folder))
     if not (folder / "encoder.pt").is_file():
         pretraining.run()
     return [_of_epoch(record, pretraining.chance) for record in _diagnoses(folder)]

@@ -104,17 +104,28 @@ def finetune_table(rows: Sequence[Row]) -> str:
 
 
 def leak_table(rows: Sequence[Row]) -> str:
-    """Global loss by the images that keys were normalised among, mean and range over seeds."""
-    kinds = list(dict.fromkeys(row["keys"] for row in rows))
+    """Global loss with keys of their query's batch, and by how much it differs in each run where
+    they are normalised otherwise; mean and range over seeds."""
+    first, *others = dict.fromkeys(row["keys"] for row in rows)
     lines = []
     for variant in variants_of(rows):
-        own = [[r for r in rows if (r["variant"], r["keys"]) == (variant, kind)] for kind in kinds]
-        lines.append([variant, str(len(own[0])), *(_spread(found, "loss", 1, 2) for found in own)])
-    return markdown(["variant", "seeds", *kinds], lines)
+        loss = {(r["keys"], r["seed"]): float(r["loss"]) for r in rows if r["variant"] == variant}
+        seeds = sorted({seed for _, seed in loss})
+        rises = [[loss[kind, s] - loss[first, s] for s in seeds] for kind in others]
+        own = [row for row in rows if (row["variant"], row["keys"]) == (variant, first)]
+        lines.append([variant, str(len(seeds)), _spread(own, "loss", 1, 2)])
+        lines[-1] += [
+            f"{np.mean(rise):+.3f} ({min(rise):+.3f} to {max(rise):+.3f})" for rise in rises
+        ]
+    return markdown(["variant", "seeds", first, *others], lines)
 
 
 def dice_header(labels: Sequence[int]) -> list[str]:
-    return ["linear Dice", *(f"U-Net, {n} labels" for n in labels)]
+    return ["linear Dice", *map(_unet, labels)]
+
+
+def _unet(labels: int) -> str:
+    return f"U-Net, {labels} label{'s' if labels > 1 else ''}"
 
 
 def dice_cells(runs: Sequence[Row], labels: Sequence[int]) -> list[str]:
@@ -156,7 +167,7 @@ def effect_table(dice: Sequence[Row], failed: Sequence[str] = ()) -> str:
     header = ["effect", "on", "points", "95 % interval", "p (Holm)", "single seeds"]
     stages: list[tuple[str, str, int | None]] = [("linear decoder", "linear", None)]
     counts = sorted({int(row["labels"]) for row in dice if row["stage"] == "finetune"})
-    stages += [(f"U-Net, {count} labels", "finetune", count) for count in counts]
+    stages += [(_unet(count), "finetune", count) for count in counts]
     found = [(title, one) for title, stage, count in stages for one in _effects(dice, stage, count)]
     corrected = iter(holm([one.p for _, one in found if one.p is not None]))
     lines = []

@@ -83,7 +83,9 @@ class Trainer:
     def __init__(self, case: TrainCase) -> None:
         self.case = case
         device = case.device
-        self.model: MoCo = build_model(case.config()).to(device)
+        config = case.config()
+        self.model: MoCo = build_model(config).to(device)
+        self.clip_norm = config.clip_norm
         if device.type == "cuda":
             self.model = self.model.to(memory_format=torch.channels_last)
         self.optimizer = torch.optim.SGD(
@@ -100,7 +102,8 @@ class Trainer:
     def step(self, number: int) -> None:
         """What the trainer does with a batch once it is on the device."""
         views, ids = self._draw_views(number), self.ids[number % BATCHES]
-        train_step(self.model, self.optimizer, views, ids, self.generator, self._autocast())
+        rest = (views, ids, self.generator, self._autocast(), self.clip_norm)
+        train_step(self.model, self.optimizer, *rest)
 
     def encode(self, number: int) -> None:
         """Of a step what the two encoders do: both forward, and that of the queries backward."""

@@ -69,7 +69,7 @@ class Scale:
     """What a run costs.
 
     Attributes:
-        flags: of pretraining, whatever the variant.
+        flags: of pretraining; a variant's own win over them.
         labels: numbers of labelled volumes that a U-Net is fine-tuned with.
         draws: how often these are drawn; all volumes are drawn once.
         steps: of each fine-tuning.

@@ -74,7 +74,7 @@ def resolve(config: Config, cache: SliceCache) -> Config:
     """The configuration with every flag decided: by the user, else the method, else the data.
 
     Raises:
-        UserError: fewer slices than one batch, or --same volume where there is but one.
+        UserError: fewer slices than one batch, or --same volume with a single volume to learn from.
     """
     config = apply_preset(config)
     learned, _ = hold_out_patients(cache, config.seed)
@@ -111,9 +111,12 @@ def _global_weight(config: "PretrainConfig") -> float:
 
 
 def _clip_norm(config: "PretrainConfig") -> float:
-    """A limit where features are whitened exactly: at the start these nearly repeat each other, and
-    the gradient through the whitening is so large that one step would replace the stem's weights,
-    which batch normalisation then hardly lets move again. Chosen by benchmarks/results/ablation."""
+    """A limit where ZCA whitens features.
+
+    Before training those of all images are nearly alike, and whitening multiplies the gradient by
+    as much as it spreads them. One step would then replace the stem's weights, by such large ones
+    that batch normalisation lets them hardly move again. Chosen by benchmarks/results/ablation.
+    """
     return 1.0 if config.decorrelation == "zca" else 0.0
 
 

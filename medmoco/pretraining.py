@@ -145,7 +145,7 @@ class Pretraining:
         lr = 0.5 * self.config.lr * (1 + math.cos(math.pi * self.step / self.total_steps))
         for group in self.optimizer.param_groups:
             group["lr"] = lr
-        views, ids = self._views(batch), self._ids(batch["index"])
+        views, ids = self.draw_views(batch), self.ids_of(batch["index"])
         losses = train_step(
             self.model,
             self.optimizer,
@@ -167,12 +167,13 @@ class Pretraining:
 
     # --- what a step needs ------------------------------------------------------------------
 
-    def _views(self, batch: dict[str, Tensor]) -> tuple[View, View]:
+    def draw_views(self, batch: dict[str, Tensor]) -> tuple[View, View]:
+        """What the query and the key branch see of a batch of the loader."""
         canvas = batch["image"].to(self.device, non_blocking=True)
         extent = batch["extent"].to(self.device, non_blocking=True)
         return sample_views(canvas, extent, self.views, self.generator)
 
-    def _ids(self, index: Tensor) -> Tensor:
+    def ids_of(self, index: Tensor) -> Tensor:
         """Keys of equal id are no negatives of each other; -1 is nobody's equal."""
         index = index.to(self.device, non_blocking=True)
         if self.config.same == "volume":
@@ -190,8 +191,8 @@ class Pretraining:
     def _start(self, stop: StopRequest) -> None:
         """Calibrates the normalisations, fills the queues, looks at the untrained encoder."""
         self.model.train()
-        batches = itertools.islice(self._endless_batches(), CALIBRATION_BATCHES)
-        recalibrate_batchnorm(self.model.query, (self._views(b)[0].image for b in batches))
+        batches = itertools.islice(self.unseen_batches(), CALIBRATION_BATCHES)
+        recalibrate_batchnorm(self.model.query, (self.draw_views(b)[0].image for b in batches))
         self.model.synchronise_key()
         self._fill_queues(stop)
         self._diagnose()
@@ -200,10 +201,10 @@ class Pretraining:
     def _fill_queues(self, stop: StopRequest) -> None:
         """Keys of real slices in every place, so that the first loss means something."""
         filled = 0
-        for batch in self._endless_batches():
-            ids = self._ids(batch["index"])
+        for batch in self.unseen_batches():
+            ids = self.ids_of(batch["index"])
             with self._autocast():
-                key = self.model.encode_keys(self._views(batch)[1].image, self.generator)
+                key = self.model.encode_keys(self.draw_views(batch)[1].image, self.generator)
             self.model.enqueue(key, ids, self.generator)
             filled += len(ids)
             if filled >= self.config.queue_size:
@@ -211,7 +212,7 @@ class Pretraining:
             if stop.asked:  # nothing is learned yet, so there is nothing to save
                 raise Stopped("stopped before the first step")
 
-    def _endless_batches(self) -> Iterator[dict[str, Tensor]]:
+    def unseen_batches(self) -> Iterator[dict[str, Tensor]]:
         """Batches in the orders of epochs that the training does not reach."""
         for epoch in itertools.count(self.config.epochs):
             self.sampler.start(epoch)

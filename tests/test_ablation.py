@@ -1,10 +1,11 @@
 """The ablation: its runs, its tables, and what its report makes of them."""
 
 import csv
+import fcntl
 import json
 import re
 import shutil
-from concurrent.futures import ThreadPoolExecutor
+import threading
 
 import pytest
 
@@ -277,9 +278,15 @@ def test_an_unknown_flag_is_refused(tmp_path, capsys):
 
 def test_writers_that_start_a_table_together_write_one_header(tmp_path):
     table, header = tmp_path / "runs.csv", ["variant", "seed"]
-    table.touch()  # as another one has it that has not written yet
-    with ThreadPoolExecutor(8) as writers:
-        rows = ([{"variant": "zca", "seed": seed}] for seed in range(8))
-        list(writers.map(lambda row: ablation.append(table, header, row), rows))
-    seeds = {row["seed"] for row in ablation.read_rows(table, header)}
-    assert seeds == {str(seed) for seed in range(8)}
+    second = threading.Thread(
+        target=ablation.append, args=(table, header, [{"variant": "zca", "seed": 1}])
+    )
+    with table.open("a") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        assert ablation.read_rows(table, header) == []
+        second.start()
+        second.join(0.2)
+        assert second.is_alive(), "it waits for the first one"
+        file.write("variant,seed\nzca,0\n")
+    second.join()
+    assert [row["seed"] for row in ablation.read_rows(table, header)] == ["0", "1"]

@@ -56,11 +56,12 @@ def cache_of(volumes: int) -> SimpleNamespace:
     return SimpleNamespace(volumes=entries, slice_volume=np.repeat(np.arange(volumes), 80))
 
 
-def test_other_volumes_cannot_be_the_negatives_where_there_are_none():
+@pytest.mark.parametrize("volumes", [1, 2])  # of two, one is held out for the diagnostics
+def test_other_volumes_cannot_be_the_negatives_where_there_are_none(volumes):
     flags = PretrainConfig(method="mocov2", same="volume", device="cpu")
     assert resolve(flags, cache_of(20)).same == "volume"
     with pytest.raises(UserError, match="--same volume: expected two volumes or more"):
-        resolve(flags, cache_of(1))
+        resolve(flags, cache_of(volumes))
 
 
 def test_flags_win_over_the_method():

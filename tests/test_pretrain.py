@@ -136,6 +136,21 @@ def test_same_seed_gives_the_same_weights(flags, unbroken, tmp_path):
     assert_same_end(unbroken, tmp_path / "again")
 
 
+def test_the_limit_of_the_gradient_reaches_the_training(flags, tmp_path):
+    choice = [*flags, "--epochs", "1", "--weight-decay", "0"]
+    for name, limit in (("free", "0"), ("held", "1e-9")):
+        pretrain.main([*choice, "--clip-norm", limit, "--output", str(tmp_path / name)])
+    last = {name: state(tmp_path / name)["model"] for name in ("free", "held")}
+    kept = [n for n in last["held"] if n.startswith("query.") and n.endswith("weight")]
+    moved = {
+        name: max(
+            float((weights[n] - weights[n.replace("query.", "key.", 1)]).abs().max()) for n in kept
+        )
+        for name, weights in last.items()
+    }  # the key branch started where the query branch did, and follows it slowly
+    assert moved["held"] < 1e-6 < 1e-4 < moved["free"]
+
+
 def stop_at_step(monkeypatch, step: int, arguments: list[str]) -> None:
     """Runs the command, which a SIGTERM ends after `step` steps."""
     train_step = pretrain.Pretraining._train_step
@@ -200,14 +215,14 @@ def test_sigterm_while_the_queue_is_filled_does_not_wait_for_it(
     flags, unbroken, tmp_path, monkeypatch
 ):
     output = tmp_path / "stopped"
-    ids = pretrain.Pretraining._ids
+    ids = pretrain.Pretraining.ids_of
 
     def terminate_at_first_keys(self, index):
         os.kill(os.getpid(), signal.SIGTERM)
         return ids(self, index)
 
     with monkeypatch.context() as patch:
-        patch.setattr(pretrain.Pretraining, "_ids", terminate_at_first_keys)
+        patch.setattr(pretrain.Pretraining, "ids_of", terminate_at_first_keys)
         assert run_command(pretrain.main, [*flags, "--output", str(output)]) == 0
     assert not (output / "checkpoints").exists()
     pretrain.main(["--output", str(output), "--resume"])

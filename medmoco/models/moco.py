@@ -193,7 +193,7 @@ def train_step(
     ids: Tensor,
     generator: torch.Generator,
     autocast: AbstractContextManager[object],
-    clip_norm: float = 0.0,
+    clip_norm: float,
 ) -> Losses:
     """One step on a batch: the key branch follows, the query branch learns, the queues move on.
 
