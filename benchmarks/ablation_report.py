@@ -32,6 +32,7 @@ from ablation_tables import (
     search_table,
     short_table,
     sign_table,
+    values_of,
     variant_table,
     variants_of,
 )
@@ -122,17 +123,15 @@ def labels_plot(runs: Sequence[Row]) -> Figure:
     labels = labels_of(runs)
     shown = [v for v in variants_of(runs) if v in (RANDOM, *FACTORIAL)]
     for variant in shown:
-        own = [  # not every run has every number of labels
-            [100 * float(row[f"finetune_dice_{n}"] or "nan") for n in labels]
-            for row in runs
-            if row["variant"] == variant
-        ]
-        scores = np.ma.masked_invalid(own)
+        own = [row for row in runs if row["variant"] == variant]
+        scores = {n: 100 * np.array(values_of(own, f"finetune_dice_{n}")) for n in labels}
+        told = [n for n in labels if len(scores[n])]  # not every run has every number
         name, colour = "from scratch", "0.4"
         if variant != RANDOM:
             name, colour = variant, f"C{FACTORIAL.index(variant)}"
-        axes.plot(labels, scores.mean(0), "o-", color=colour, label=name)
-        axes.fill_between(labels, scores.min(0), scores.max(0), color=colour, alpha=0.15)
+        axes.plot(told, [scores[n].mean() for n in told], "o-", color=colour, label=name)
+        low, high = ([end(scores[n]) for n in told] for end in (np.min, np.max))
+        axes.fill_between(told, low, high, color=colour, alpha=0.15)
     axes.set(xscale="log", xlabel="labelled volumes", ylabel="Dice, points")
     axes.set_xticks(labels, [str(n) for n in labels], minor=False)
     axes.set_xticks([], minor=True)

@@ -257,17 +257,17 @@ def variants_of(runs: Sequence[Row]) -> list[str]:
     return [variant for variant in (*CONTROLS, *VARIANTS) if variant in found]
 
 
-def _values(runs: Sequence[Row], column: str) -> list[float]:
+def values_of(runs: Sequence[Row], column: str) -> list[float]:
     return [float(row[column]) for row in runs if row[column] != ""]
 
 
 def mean_of(runs: Sequence[Row], variant: str, column: str) -> float | None:
-    values = _values([row for row in runs if row["variant"] == variant], column)
+    values = values_of([row for row in runs if row["variant"] == variant], column)
     return float(np.mean(values)) if values else None
 
 
 def _spread(runs: Sequence[Row], column: str, factor: float = 1, digits: int = 1) -> str:
-    values = [factor * value for value in _values(runs, column)]
+    values = [factor * value for value in values_of(runs, column)]
     if not values:
         return NOTHING
     mean = f"{np.mean(values):.{digits}f}"
