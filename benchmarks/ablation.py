@@ -169,6 +169,21 @@ def _setting(text: str) -> tuple[str, Any]:
     return name, kinds[0](value)
 
 
+def parser_for_finished(doc: str | None, variants: Sequence[str]) -> argparse.ArgumentParser:
+    """Of a command that looks again at finished runs, by default of these variants."""
+    parser = parser_for(doc)
+    add = parser.add_argument
+    add("--task", type=Path, required=True, help="labelled data")
+    add("--split", type=Path, default=HIPPOCAMPUS, help="default: that of the hippocampus set")
+    add("--output", type=Path, required=True, help="folder of finished runs")
+    add("--scale", choices=tuple(SCALES), default="cpu", help="of these runs; default: cpu")
+    add("--variants", nargs="+", choices=(RANDOM, *VARIANTS), metavar="NAME", default=variants,
+        help=f"default: {' '.join(variants)}")  # fmt: skip
+    add("--seeds", nargs="+", type=int, default=[0], help="default: 0")
+    add("--device", help="cpu, cuda or cuda:N; default: cuda where there is one")
+    return parser
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = parser_for(__doc__)
     add = parser.add_argument

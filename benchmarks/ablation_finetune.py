@@ -11,9 +11,8 @@ import argparse
 import itertools
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 
-from ablation import HIPPOCAMPUS, append, read_rows
+from ablation import append, parser_for_finished, read_rows
 from ablation_run import (
     Experiment,
     drawn,
@@ -23,11 +22,10 @@ from ablation_run import (
     run_name,
     with_labels,
 )
-from flags import parser_for
 from medmoco.command import run_command
 from medmoco.models.encoder import load_encoder
 from reporting import commit
-from variants import RANDOM, SCALES, VARIANTS
+from variants import RANDOM, SCALES
 
 FINETUNE = "finetune.csv"
 COLUMNS = ("variant", "seed", "labels", "draw", "steps", "rate", "dice", "seconds", "commit")
@@ -70,15 +68,8 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = parser_for(__doc__)
+    parser = parser_for_finished(__doc__, (RANDOM, "mocov2", "medmoco"))
     add = parser.add_argument
-    add("--task", type=Path, required=True, help="labelled data")
-    add("--split", type=Path, default=HIPPOCAMPUS, help="default: that of the hippocampus set")
-    add("--output", type=Path, required=True, help="folder of finished runs")
-    add("--scale", choices=tuple(SCALES), default="cpu", help="of these runs; default: cpu")
-    add("--variants", nargs="+", choices=(RANDOM, *VARIANTS), metavar="NAME",
-        default=(RANDOM, "mocov2", "medmoco"), help="default: random mocov2 medmoco")  # fmt: skip
-    add("--seeds", nargs="+", type=int, default=[0], help="default: 0")
     add("--labels", type=int, default=3, help="volumes to train with; default: 3")
     add("--draws", type=int, default=2, help="how often they are drawn; default: 2")
     add("--steps", nargs="+", type=int, default=[100, 300, 1000], help="default: 100 300 1000")
@@ -89,7 +80,6 @@ def _parser() -> argparse.ArgumentParser:
         default=[0.002],
         help="peak learning rates; default: 0.002",
     )
-    add("--device", help="cpu, cuda or cuda:N; default: cuda where there is one")
     return parser
 
 

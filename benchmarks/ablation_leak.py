@@ -10,25 +10,22 @@ the statistics a way to cheat, the loss would rise from the first to the last, a
 whitening than without. Beside it stands the loss by the averages of training. OUTPUT gets leak.csv.
 """
 
-import argparse
 import copy
 import itertools
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from ablation import HIPPOCAMPUS, append, read_rows
+from ablation import append, parser_for_finished, read_rows
 from ablation_run import Experiment, finished
-from flags import parser_for
 from medmoco.command import run_command
 from medmoco.models.moco import MoCo
 from medmoco.ops import queue_info_nce
 from medmoco.pretraining import Pretraining
 from reporting import commit
-from variants import FACTORIAL, SCALES, VARIANTS
+from variants import FACTORIAL, SCALES
 
 LEAK = "leak.csv"
 COLUMNS = ["variant", "seed", "scale", "batches", "keys", "loss", "torch", "commit"]
@@ -39,7 +36,8 @@ AVERAGES = "averages"
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Measures what has no row yet."""
-    parser = _parser()
+    parser = parser_for_finished(__doc__, FACTORIAL)
+    parser.add_argument("--batches", type=int, default=16, help="to measure with; default: 16")
     flags = parser.parse_args(argv)
     if flags.batches < 1:
         parser.error(f"--batches: expected at least 1, got {flags.batches}")
@@ -108,21 +106,6 @@ def spread_keys(
     joined = torch.cat(keys)
     order = torch.cat([torch.arange(part, len(images), spread) for part in range(spread)])
     return joined[torch.argsort(order).to(joined.device)]
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = parser_for(__doc__)
-    add = parser.add_argument
-    add("--task", type=Path, required=True, help="labelled data")
-    add("--split", type=Path, default=HIPPOCAMPUS, help="default: that of the hippocampus set")
-    add("--output", type=Path, required=True, help="folder of finished runs")
-    add("--scale", choices=tuple(SCALES), default="cpu", help="of these runs; default: cpu")
-    add("--variants", nargs="+", choices=tuple(VARIANTS), metavar="NAME", default=FACTORIAL,
-        help="default: the 2 x 2")  # fmt: skip
-    add("--seeds", nargs="+", type=int, default=[0], help="default: 0")
-    add("--batches", type=int, default=16, help="to measure with; default: 16")
-    add("--device", help="cpu, cuda or cuda:N; default: cuda where there is one")
-    return parser
 
 
 if __name__ == "__main__":
