@@ -102,8 +102,15 @@ class Trainer:
     def step(self, number: int) -> None:
         """What the trainer does with a batch once it is on the device."""
         views, ids = self._draw_views(number), self.ids[number % BATCHES]
-        rest = (views, ids, self.generator, self._autocast(), self.clip_norm)
-        train_step(self.model, self.optimizer, *rest)
+        train_step(
+            self.model,
+            self.optimizer,
+            views,
+            ids,
+            self.generator,
+            self._autocast(),
+            self.clip_norm,
+        )
 
     def encode(self, number: int) -> None:
         """Of a step what the two encoders do: both forward, and that of the queries backward."""
