@@ -19,7 +19,7 @@ from medmoco.data.slices import PixelGrid, SliceDataset
 from medmoco.data.splits import Split
 from medmoco.data.store import SliceCache
 from medmoco.errors import UserError
-from medmoco.evaluate import OVERLAYS_NAME, evaluate, write_pictures
+from medmoco.evaluation import OVERLAYS_NAME, evaluate, write_pictures
 from medmoco.finetune import finetune
 from medmoco.labelled import foreground_slices
 from medmoco.launch import choose_device, choose_workers

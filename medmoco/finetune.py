@@ -11,7 +11,7 @@ from tqdm import tqdm
 
 from medmoco.data.views import ViewConfig, change_intensities
 from medmoco.errors import UserError
-from medmoco.evaluate import autocast
+from medmoco.evaluation import autocast
 from medmoco.losses import dice_cross_entropy
 from medmoco.signals import leave_stopping_to_the_trainer
 
