@@ -53,6 +53,9 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "medmoco-unclipped": {"method": "medmoco", "clip_norm": 0.0},
     "medmoco-unclipped-lr-0.06": {"method": "medmoco", "clip_norm": 0.0, "lr": 0.06},
     "medmoco-unclipped-same-volume": {"method": "medmoco", "clip_norm": 0.0, "same": "volume"},
+    # The best crops of the search; 0.4 is the default.
+    "mocov2-crop-0.2": {"method": "mocov2", "crop_min": 0.2},
+    "medmoco-crop-0.2": {"method": "medmoco", "crop_min": 0.2},
     # Four times the cpu scale's epochs.
     "mocov2-20-epochs": {"method": "mocov2", "epochs": 20},
     "medmoco-20-epochs": {"method": "medmoco", "epochs": 20},
