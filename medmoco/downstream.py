@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
-from torch.utils.data import DataLoader
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Subset
 
 from medmoco.config import to_json
 from medmoco.data.slices import PixelGrid, SliceDataset
@@ -20,15 +20,18 @@ from medmoco.data.splits import Split
 from medmoco.data.store import SliceCache
 from medmoco.errors import UserError
 from medmoco.evaluation import OVERLAYS_NAME, evaluate, write_pictures
-from medmoco.finetune import finetune
-from medmoco.labelled import foreground_slices
+from medmoco.finetune import finetune, start_from_frequencies
+from medmoco.labelled import class_pixels
 from medmoco.launch import choose_device, choose_workers
 from medmoco.linear import linear_evaluation
+from medmoco.losses import inverse_frequency_weights
 from medmoco.metrics_log import MetricsLog
 from medmoco.models.decoders import UNet
 from medmoco.models.encoder import Encoder
 from medmoco.models.moco import recalibrate_batchnorm
 from medmoco.output import write_json
+from medmoco.progress import ProgressPlot
+from medmoco.validation import hold_out
 
 if TYPE_CHECKING:
     from medmoco.segment import SegmentConfig
@@ -38,6 +41,13 @@ CALIBRATION_SLICES = 512
 # Flags that change neither the data nor the training.
 WITHOUT_EFFECT = frozenset(
     {"output", "mode", "controls", "encoder", "cache", "device", "workers", "resume", "overwrite"}
+    | {
+        "split",
+        "folds",
+        "fold",
+        "label_fraction",
+        "test_fraction",
+    }  # what they gave is in the split
 )
 
 
@@ -66,12 +76,16 @@ class Segmentation:
         slices = cache.indices_of(split.train)
         self.dataset = SliceDataset(cache, slices, grid, with_labels=True)
         self.patients = [cache.volumes[v].patient for v in cache.slice_volume[slices]]
-        self.has_foreground = foreground_slices(cache, slices)
-        if not self.has_foreground.any():
-            raise UserError(
-                f"{config.task}: expected labelled voxels in the {len(split.train)} cases to train "
-                "on, got background alone"
-            )
+        self.pixels = class_pixels(cache, slices, grid)
+        self.trained, self.validated = hold_out(
+            self.patients, config.validation_fraction, config.seed
+        )
+        for purpose, items in (("train", self.trained), ("validate", self.validated)):
+            if items and not self.pixels[items, 1:].any():
+                raise UserError(
+                    f"{config.task}: expected labelled voxels in the cases to {purpose} on, "
+                    f"{len({self.patients[i] for i in items})} patients, got background alone"
+                )
 
     def run(
         self, stage: str, initialisation: str, encoder: Encoder | None, output: Path
@@ -103,10 +117,15 @@ class Segmentation:
         metrics = MetricsLog(output / "metrics.jsonl")
         metrics.forget_training(stage, initialisation)  # of an attempt that was cut short
         log = functools.partial(self._log, metrics, stage, initialisation)
+        progress = ProgressPlot(output, initialisation) if stage == "finetune" else None
+        if progress:
+            log = functools.partial(self._log_epoch, log, progress)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self.config.seed)
             copied = copy.deepcopy(encoder) if encoder else self._new_encoder()
             model, about = train(copied.to(self.device), encoder is not None, log)
+        if progress:
+            progress.draw()
         result, pictures = evaluate(
             model,
             self.cache,
@@ -147,10 +166,12 @@ class Segmentation:
         model = UNet(encoder, len(self.cache.classes)).to(self.device)
         if self.device.type == "cuda":
             model = model.to(memory_format=torch.channels_last)
-        finetune(
+        pixels = self.pixels[self.trained]
+        start_from_frequencies(model.classifier, pixels.sum(dim=0))
+        about = finetune(
             model,
-            self.dataset,
-            self.has_foreground,
+            Subset(self.dataset, self.trained),
+            pixels > 0,
             epochs=self.config.epochs,
             batch_size=self.config.batch_size,
             lr=self.config.lr,
@@ -159,8 +180,23 @@ class Segmentation:
             amp_dtype=self.amp_dtype,
             workers=choose_workers(self.config.workers, self.device),
             log=log,
+            schedule=self.config.schedule,
+            class_weights=self._class_weights(pixels.sum(dim=0)),
+            validation=Subset(self.dataset, self.validated) if self.validated else None,
+            patience=self.config.patience,
         )
-        return model, {}
+        about["missed"] = [self.cache.classes[c] for c in about["missed"]]
+        if about["missed"]:
+            print(
+                f"warning: the U-Net does not find {', '.join(about['missed'])} even in the slices "
+                "it was trained on: try --class-weights inverse, or more --epochs"
+            )
+        if self.validated:
+            about["validation_patients"] = sorted({self.patients[i] for i in self.validated})
+        return model, about
+
+    def _class_weights(self, pixels: Tensor) -> Tensor | None:
+        return None if self.config.class_weights == "none" else inverse_frequency_weights(pixels)
 
     def _new_encoder(self) -> Encoder:
         assert self.config.arch is not None and self.config.width is not None
@@ -193,9 +229,30 @@ class Segmentation:
         step: int,
         loss: float,
         lr: float | None,
-    ) -> None:
+        **further: Any,
+    ) -> dict[str, Any]:
         record = {"stage": stage, "encoder": encoder, "epoch": epoch, "step": step}
-        metrics.write(record | {"loss": loss, "lr": lr})
+        record |= {"loss": loss, "lr": lr} | further
+        metrics.write(record)
+        return record
+
+    def _log_epoch(
+        self,
+        log: Callable[..., dict[str, Any]],
+        progress: ProgressPlot,
+        epoch: int,
+        step: int,
+        loss: float,
+        lr: float,
+        dice: list[float | None],
+        validated: list[float | None] | None,
+    ) -> None:
+        """An epoch of fine-tuning: as _log, with Dice by class, and drawn."""
+        names = self.cache.classes[1:]
+        further = {"dice": dict(zip(names, dice, strict=True))}
+        if validated is not None:
+            further["dice_validation"] = dict(zip(names, validated, strict=True))
+        progress.add(log(epoch, step, loss, lr, **further))
 
 
 def read_result(path: Path, identity: str) -> dict[str, Any] | None:

@@ -11,13 +11,24 @@ from typing import Any, ClassVar
 import medmoco
 from medmoco.command import run_command
 from medmoco.config import MAX_SEED, option, parse
+from medmoco.cross_validation import finished_folds, fold_lines, fold_name, over_folds
+from medmoco.data.folds import FOLDS_NAME, choose_folds, label_share, split_folds, write_folds
+from medmoco.data.slices import PixelGrid
 from medmoco.data.splits import write_split
+from medmoco.data.store import SliceCache
 from medmoco.downstream import Segmentation, unet_stride
 from medmoco.errors import UserError
-from medmoco.labelled import image_grid, open_labelled, pretraining_overlap
+from medmoco.labelled import (
+    image_grid,
+    open_labelled,
+    open_slices,
+    pretraining_overlap,
+    read_cases,
+    without_bad,
+)
 from medmoco.launch import choose_output, create_run
 from medmoco.models.encoder import Encoder, load_encoder
-from medmoco.output import write_json
+from medmoco.output import CONFIG_NAME, write_json
 from medmoco.signals import stopping_at_once
 
 CONTROLS = {"linear": "random", "finetune": "scratch"}
@@ -35,13 +46,34 @@ class SegmentConfig:
         True, "also run a frozen random encoder (linear) and a U-Net from scratch (finetune)"
     )
     label_fraction: float = option(1.0, "share of the training patients whose labels are used")
-    split: Path | None = option(None, 'JSON file {"pretrain": [], "train": [], "test": []}')
-    test_fraction: float = option(0.2, "share of the patients to test on, without --split")
+    split: Path | None = option(
+        None, 'JSON file {"pretrain": [], "train": [], "test": []}, or nnU-Net\'s splits_final.json'
+    )
+    test_fraction: float = option(
+        0.2, "share of the patients to test on, without --split and --folds"
+    )
+    folds: int | None = option(
+        None, "cross-validation: parts of the patients, each tested once", least=2
+    )
+    fold: str | None = option(
+        None, "all, or the number of one from 0; default: all of --folds, 0 of a list as --split"
+    )
     epochs: int | None = option(
         None, "of fine-tuning: passes over the slices with foreground; default 30, less for many"
     )
     batch_size: int = option(16, "slices a step of fine-tuning")
     lr: float = option(2e-3, "peak learning rate of fine-tuning")
+    schedule: str = option("cosine", "of the learning rate", choices=("cosine", "poly"))
+    class_weights: str = option(
+        "none", "of the cross-entropy; inverse: square root of the inverse frequency",
+        choices=("none", "inverse"),
+    )  # fmt: skip
+    validation_fraction: float = option(
+        0.0, "share of the training patients that chooses the best epoch of fine-tuning"
+    )
+    patience: int | None = option(
+        None, "epochs without a better validation before fine-tuning stops", least=1
+    )
     arch: str | None = option(
         None, "of the encoder; default the file's or resnet18",
         choices=("resnet18", "resnet34", "resnet50"),
@@ -76,7 +108,7 @@ class SegmentConfig:
     overwrite: bool = option(False, "delete the run in --output first")
 
     RESUME_MAY_CHANGE: ClassVar[frozenset[str]] = frozenset(
-        {"device", "workers", "cache", "overwrite"}
+        {"device", "workers", "cache", "overwrite", "fold"}
     )
     OTHER_MEANING_IN: ClassVar[frozenset[str]] = frozenset({"pretrain", "train"})
 
@@ -92,11 +124,27 @@ def prepare(config: SegmentConfig, metadata: dict[str, Any] | None = None) -> Se
         UserError: what is wrong with the task, its files, the split or the flags.
     """
     metadata = metadata or {}
+    check_flags(config)
+    cache, split = open_labelled(config, metadata)
+    return Segmentation(config, cache, split, usable_grid(config, cache, metadata))
+
+
+def check_flags(config: SegmentConfig) -> None:
+    """Raises a UserError where a flag can be seen to be wrong without the data."""
     for name in ("epochs", "batch_size", "lr", "image_size", "spacing", "width"):
         value = getattr(config, name)
         if value is not None and not value > 0:
             raise UserError(f"--{name.replace('_', '-')}: expected a value above 0, got {value}")
-    cache, split = open_labelled(config, metadata)
+    if config.patience is not None and not config.validation_fraction:
+        raise UserError("--patience: expected --validation-fraction above 0 with it, got none")
+
+
+def usable_grid(config: SegmentConfig, cache: SliceCache, metadata: dict[str, Any]) -> PixelGrid:
+    """The pixels of the images.
+
+    Raises:
+        UserError: they are too few for the U-Net.
+    """
     grid = image_grid(cache, config, metadata)
     stride = config.output_stride or unet_stride(grid.size)
     if config.mode != "linear" and grid.size <= stride:
@@ -104,7 +152,7 @@ def prepare(config: SegmentConfig, metadata: dict[str, Any] | None = None) -> Se
             f"--image-size {grid.size}: expected more than the {stride} pixels of a cell of the "
             "U-Net's deepest map (--output-stride), for a single cell has no statistics"
         )
-    return Segmentation(config, cache, split, grid)
+    return grid
 
 
 def with_encoder(config: SegmentConfig) -> tuple[SegmentConfig, Encoder | None, dict[str, Any]]:
@@ -169,34 +217,90 @@ def _shown(dice: float | None) -> str:
     return "-" if dice is None else f"{dice:.3f}"
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    """The command `medmoco segment`."""
-    config = parse(SegmentConfig, argv, prog="medmoco segment", description=__doc__)
-    started = time.monotonic()
-    config, encoder, metadata = with_encoder(choose_output(config, "segment"))
-    segmentation = prepare(config, metadata)
-    warnings = pretraining_overlap(segmentation.cache, segmentation.split, metadata)
-    for warning in warnings:
-        print(f"warning: {warning}")
-    create_run(config, "segment")
+def run_and_summarise(
+    segmentation: Segmentation, encoder: Encoder | None, metadata: dict[str, Any]
+) -> dict[str, Any]:
+    """Writes split.json, runs the stages and writes summary.json, in --output, which exists.
+
+    Returns:
+        The content of summary.json.
+    """
+    config, cache = segmentation.config, segmentation.cache
     output = config.output
     assert output is not None
+    started = time.monotonic()
+    warnings = pretraining_overlap(cache, segmentation.split, metadata)
+    for warning in warnings:
+        print(f"warning: {warning}")
     write_split(output / "split.json", segmentation.split)
     results = run_stages(segmentation, encoder, output)
     summary = {
         "medmoco": medmoco.__version__,
         "method": metadata.get("method"),
         "seed": config.seed,
-        "classes": list(segmentation.cache.classes),
+        "classes": list(cache.classes),
         **results,
-        "bad_files": [dataclasses.asdict(file) for file in segmentation.cache.bad],
+        "bad_files": [dataclasses.asdict(file) for file in cache.bad],
         "warnings": warnings,
         "seconds": {"segment": round(time.monotonic() - started, 1)},
     }
     write_json(output / "summary.json", summary)
     print(f"\nDice on {len(segmentation.split.test)} test volumes\n{dice_table(results)}")
     print(f"\nsummary:     {output / 'summary.json'}\npredictions: {output / 'predictions'}")
-    print(f"next:        python -m medmoco.report {output}")
+    return summary
+
+
+def run_folds(config: SegmentConfig, encoder: Encoder | None, metadata: dict[str, Any]) -> None:
+    """Cross-validation: a run in OUTPUT/fold_N for each fold asked for, and a summary over all.
+
+    Each of those is a run like any other, with its own split.json as --split. OUTPUT itself gets
+    splits_final.json, and the summary.json of the folds that are finished by then.
+
+    Raises:
+        UserError: what is wrong with the task, its files, the folds or the flags.
+    """
+    check_flags(config)
+    output = config.output
+    assert output is not None
+    task = read_cases(config)
+    splits = split_folds(task, config.split, config.folds, config.seed)
+    chosen = choose_folds(config.fold, len(splits))
+    labelled = [label_share(task, s, config.label_fraction, config.seed) for s in splits]
+    cache = open_slices(config, task, metadata)
+    grid = usable_grid(config, cache, metadata)
+    segmentations = []
+    for number in chosen:
+        folder = output / fold_name(number)
+        alone = {"output": folder, "split": folder / "split.json", "folds": None, "fold": None}
+        own = dataclasses.replace(config, **alone, label_fraction=1.0, overwrite=False)
+        segmentations.append(Segmentation(own, cache, without_bad(labelled[number], cache), grid))
+    create_run(config, "segment")
+    write_folds(output / FOLDS_NAME, splits)
+    for segmentation in segmentations:
+        folder = segmentation.config.output
+        assert folder is not None
+        print(f"\n{folder.name} of {len(splits)}")
+        begun = (folder / CONFIG_NAME).is_file()
+        create_run(dataclasses.replace(segmentation.config, resume=begun), "segment")
+        run_and_summarise(segmentation, encoder, metadata)
+    finished = finished_folds(output, len(splits))
+    summary = over_folds(finished, len(splits))
+    write_json(output / "summary.json", summary)
+    print(f"\n{len(finished)} of {len(splits)} folds, their cases together\n{dice_table(summary)}")
+    print(f"{fold_lines(summary)}\n\nsummary:     {output / 'summary.json'}")
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """The command `medmoco segment`."""
+    config = parse(SegmentConfig, argv, prog="medmoco segment", description=__doc__)
+    config, encoder, metadata = with_encoder(choose_output(config, "segment"))
+    if config.folds is not None or config.fold is not None:
+        run_folds(config, encoder, metadata)
+    else:
+        segmentation = prepare(config, metadata)
+        create_run(config, "segment")
+        run_and_summarise(segmentation, encoder, metadata)
+    print(f"next:        python -m medmoco.report {config.output}")
 
 
 if __name__ == "__main__":
