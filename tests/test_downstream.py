@@ -90,3 +90,16 @@ def test_models_are_tested_in_eval_mode(segmentation, tmp_path, monkeypatch, sta
     monkeypatch.setattr("medmoco.linear.MAX_PIXELS", 2**9)
     with pytest.raises(Tested):
         segmentation.run(stage, control, None, tmp_path)
+
+
+def test_unet_starts_from_the_frequencies_of_the_classes(segmentation, tmp_path, monkeypatch):
+    def finetune(model, dataset, shown, **settings):
+        raise Started(model)
+
+    monkeypatch.setattr(downstream, "finetune", finetune)
+    with pytest.raises(Started) as started:
+        segmentation.run("finetune", "scratch", None, tmp_path)
+    labels = torch.stack([item["label"] for item in segmentation.dataset])
+    share = labels.flatten().bincount() / labels.numel()
+    start = started.value.weights["classifier.bias"].softmax(dim=0)
+    torch.testing.assert_close(start, share, rtol=0.1, atol=1e-4)

@@ -30,7 +30,8 @@ def test_picture_is_redrawn_only_after_some_seconds_and_at_the_end(tmp_path, mon
     plot.add(record(4))
     plot.draw()
     assert path.read_bytes() != later
-    assert np.asarray(Image.open(path)).std() > 0
+    with Image.open(path) as picture:
+        assert np.asarray(picture).std() > 0
     assert [file.name for file in tmp_path.iterdir()] == ["progress.png"]
 
 
