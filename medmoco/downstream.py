@@ -116,16 +116,14 @@ class Segmentation:
         train = {"linear": self._train_linear, "finetune": self._train_unet}[stage]
         metrics = MetricsLog(output / "metrics.jsonl")
         metrics.forget_training(stage, initialisation)  # of an attempt that was cut short
-        log = functools.partial(self._log, metrics, stage, initialisation)
-        progress = ProgressPlot(output, initialisation) if stage == "finetune" else None
-        if progress:
-            log = functools.partial(self._log_epoch, log, progress)
+        progress = ProgressPlot(output, initialisation)
+        about_model = {"stage": stage, "encoder": initialisation}
+        log = functools.partial(self._log, metrics, progress, about_model)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self.config.seed)
             copied = copy.deepcopy(encoder) if encoder else self._new_encoder()
             model, about = train(copied.to(self.device), encoder is not None, log)
-        if progress:
-            progress.draw()
+        progress.draw()
         result, pictures = evaluate(
             model,
             self.cache,
@@ -220,39 +218,27 @@ class Segmentation:
             digest.update(name.encode() + tensor.cpu().contiguous().numpy().tobytes())
         return digest.hexdigest()
 
-    @staticmethod
     def _log(
+        self,
         metrics: MetricsLog,
-        stage: str,
-        encoder: str,
+        progress: ProgressPlot,
+        model: dict[str, str],
         epoch: int,
         step: int,
         loss: float,
         lr: float | None,
-        **further: Any,
-    ) -> dict[str, Any]:
-        record = {"stage": stage, "encoder": encoder, "epoch": epoch, "step": step}
-        record |= {"loss": loss, "lr": lr} | further
-        metrics.write(record)
-        return record
-
-    def _log_epoch(
-        self,
-        log: Callable[..., dict[str, Any]],
-        progress: ProgressPlot,
-        epoch: int,
-        step: int,
-        loss: float,
-        lr: float,
-        dice: list[float | None],
-        validated: list[float | None] | None,
+        dice: list[float | None] | None = None,
+        validated: list[float | None] | None = None,
     ) -> None:
-        """An epoch of fine-tuning: as _log, with Dice by class, and drawn."""
+        """Writes an epoch down; one of fine-tuning has Dice by class, and is drawn."""
+        record: dict[str, Any] = {**model, "epoch": epoch, "step": step, "loss": loss, "lr": lr}
         names = self.cache.classes[1:]
-        further = {"dice": dict(zip(names, dice, strict=True))}
-        if validated is not None:
-            further["dice_validation"] = dict(zip(names, validated, strict=True))
-        progress.add(log(epoch, step, loss, lr, **further))
+        for key, values in (("dice", dice), ("dice_validation", validated)):
+            if values is not None:
+                record[key] = dict(zip(names, values, strict=True))
+        metrics.write(record)
+        if dice is not None:
+            progress.add(record)
 
 
 def read_result(path: Path, identity: str) -> dict[str, Any] | None:

@@ -131,7 +131,8 @@ def finetune(
                 validated = validate(model, validation, batch_size, device, amp_dtype)
                 stop = best.add(epoch, mean_dice(validated), model)
             tell(bar, epoch, epochs, {"loss": mean_loss, "dice": mean_dice(dice)}, validated)
-            log(epoch, epoch * len(batches), mean_loss, rates.get_last_lr()[0], dice, validated)
+            rate = float(rates.get_last_lr()[0])
+            log(epoch, epoch * len(batches), mean_loss, rate, dice, validated)
             if stop:
                 print(f"finetune: no better validation since epoch {best.epoch}: stopped")
                 break
@@ -150,7 +151,7 @@ def tell(
     if validated is not None:
         means = means | {"validation": mean_dice(validated)}
     shown = {name: "none" if mean is None else f"{mean:.4f}" for name, mean in means.items()}
-    bar.set_postfix(epoch=epoch, **shown)
+    bar.set_postfix({"epoch": epoch, **shown})
     if bar.disable:
         words = ", ".join(f"{name} {value}" for name, value in shown.items())
         print(f"finetune: epoch {epoch} of {epochs}: {words}", flush=True)

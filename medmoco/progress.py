@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from matplotlib.axes import Axes
+from matplotlib.ticker import MaxNLocator
 
 from medmoco.output import write_bytes_atomic
 from medmoco.report.rendering import LIGHT, Plot, Theme, render
@@ -33,18 +34,21 @@ class ProgressPlot:
             if record.get("encoder") != encoder
         ]
         self._drawn = -float("inf")
+        self._added = False  # since the last drawing
 
     def add(self, record: Record) -> None:
         """Takes what metrics.jsonl says of an epoch."""
         self.records.append(record)
+        self._added = True
         if time.monotonic() - self._drawn > SECONDS:
             self.draw()
 
     def draw(self) -> None:
-        """Writes the picture, whole or not at all."""
-        if self.records:
+        """Writes the picture, whole or not at all, if there is anything new to show."""
+        if self._added:
             write_bytes_atomic(self.path, render(progress_plots(self.records), LIGHT, "png"))
             self._drawn = time.monotonic()
+            self._added = False
 
 
 def progress_plots(records: list[Record]) -> list[Plot]:
@@ -57,6 +61,7 @@ def progress_plots(records: list[Record]) -> list[Plot]:
         for (name, rows), colour in zip(models.items(), theme.palette, strict=False):
             axes.plot(_column(rows, "epoch"), _column(rows, "loss"), color=colour, label=name)
         axes.set(xlabel="epoch", ylim=(0, None))
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
 
     plots = [Plot("Loss of fine-tuning", "Loss over the epochs.", losses)]
     for name, rows in models.items():
@@ -84,6 +89,7 @@ def _dice_plot(model: str, rows: list[Record]) -> Plot:
             label = name if i < MAX_CLASSES else f"_{name}"  # _: not in the legend
             axes.plot(epochs, _numbers(shown), label=label, **style)
         axes.set(xlabel="epoch", ylim=(0, 1))
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
 
     source = "validation; dotted: batches" if validated else "training batches"
     return Plot(f"Dice, {model} ({source})", f"Dice of {model} by class and epoch.", draw)

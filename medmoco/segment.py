@@ -268,17 +268,23 @@ def run_folds(config: SegmentConfig, encoder: Encoder | None, metadata: dict[str
     labelled = [label_share(task, s, config.label_fraction, config.seed) for s in splits]
     cache = open_slices(config, task, metadata)
     grid = usable_grid(config, cache, metadata)
-    segmentations = []
+    segmentations: dict[Path, Segmentation] = {}
     for number in chosen:
         folder = output / fold_name(number)
-        alone = {"output": folder, "split": folder / "split.json", "folds": None, "fold": None}
-        own = dataclasses.replace(config, **alone, label_fraction=1.0, overwrite=False)
-        segmentations.append(Segmentation(own, cache, without_bad(labelled[number], cache), grid))
+        own = dataclasses.replace(
+            config,
+            output=folder,
+            split=folder / "split.json",
+            folds=None,
+            fold=None,
+            label_fraction=1.0,
+            overwrite=False,
+        )
+        split = without_bad(labelled[number], cache)
+        segmentations[folder] = Segmentation(own, cache, split, grid)
     create_run(config, "segment")
     write_folds(output / FOLDS_NAME, splits)
-    for segmentation in segmentations:
-        folder = segmentation.config.output
-        assert folder is not None
+    for folder, segmentation in segmentations.items():
         print(f"\n{folder.name} of {len(splits)}")
         begun = (folder / CONFIG_NAME).is_file()
         create_run(dataclasses.replace(segmentation.config, resume=begun), "segment")
