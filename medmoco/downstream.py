@@ -1,4 +1,4 @@
-"""The models of segmentation, trained and tested: linear decoders, U-Nets, and their controls."""
+"""The models of segmentation, trained and tested: decoders on an encoder, and their controls."""
 
 import copy
 import dataclasses
@@ -25,7 +25,7 @@ from medmoco.labelled import foreground_slices
 from medmoco.launch import choose_device, choose_workers
 from medmoco.linear import linear_evaluation
 from medmoco.metrics_log import MetricsLog
-from medmoco.models.decoders import UNet
+from medmoco.models.decoders import DECODERS
 from medmoco.models.encoder import Encoder
 from medmoco.models.moco import recalibrate_batchnorm
 from medmoco.output import write_json
@@ -82,9 +82,9 @@ class Segmentation:
         adds to predictions/overlays.npz and metrics.jsonl.
 
         Args:
-            stage: "linear", a linear decoder on a frozen encoder, or "finetune", a U-Net.
+            stage: "linear", a linear decoder on a frozen encoder, or "finetune", of --decoder.
             initialisation: "pretrained", or the control: "random" for the linear decoder (BatchNorm
-                recalibrated on slices), "scratch" for the U-Net.
+                recalibrated on slices), "scratch" for fine-tuning.
             encoder: the pretrained one, which stays as it is; None for a control.
             output: folder of the run, which exists.
 
@@ -99,7 +99,7 @@ class Segmentation:
             print(f"{name}: finished before, {folder / 'result.json'}")
             return finished
         started = time.monotonic()
-        train = {"linear": self._train_linear, "finetune": self._train_unet}[stage]
+        train = {"linear": self._train_linear, "finetune": self._train_whole}[stage]
         metrics = MetricsLog(output / "metrics.jsonl")
         metrics.forget_training(stage, initialisation)  # of an attempt that was cut short
         log = functools.partial(self._log, metrics, stage, initialisation)
@@ -127,7 +127,7 @@ class Segmentation:
     ) -> tuple[nn.Module, dict[str, Any]]:
         encoder.set_output_stride(LINEAR_STRIDE)
         if not pretrained:
-            self._recalibrate(encoder)
+            self.recalibrate(encoder)
         model, weight_decay = linear_evaluation(
             encoder,
             self.dataset,
@@ -140,11 +140,13 @@ class Segmentation:
         )
         return model, {"weight_decay": weight_decay}
 
-    def _train_unet(
+    def _train_whole(
         self, encoder: Encoder, pretrained: bool, log: Callable[..., None]
     ) -> tuple[nn.Module, dict[str, Any]]:
-        encoder.set_output_stride(self.config.output_stride or unet_stride(self.grid.size))
-        model = UNet(encoder, len(self.cache.classes)).to(self.device)
+        decoder = self.config.decoder
+        stride = self.config.output_stride or default_stride(decoder, self.grid.size)
+        encoder.set_output_stride(stride)
+        model = DECODERS[decoder](encoder, len(self.cache.classes)).to(self.device)
         if self.device.type == "cuda":
             model = model.to(memory_format=torch.channels_last)
         finetune(
@@ -167,10 +169,14 @@ class Segmentation:
         return Encoder(self.config.arch, self.config.width)
 
     @torch.no_grad()
-    def _recalibrate(self, encoder: Encoder) -> None:
-        """Gives a random encoder the statistics of slices, else its features would be off scale."""
+    def recalibrate(self, encoder: Encoder) -> None:
+        """Gives an encoder the statistics of slices: a random one, or one that was trained on other
+        images, would have features off scale. They are those of the linear evaluation's
+        map; fine-tuning goes on with statistics of its own.
+        """
         slices = self.cache.indices_of(self.split.pretrain or self.split.train)
         step = -(-len(slices) // CALIBRATION_SLICES)
+        encoder.to(self.device).set_output_stride(LINEAR_STRIDE)
         dataset = SliceDataset(self.cache, slices[::step], self.grid)
         batches = DataLoader(dataset, self.config.batch_size)
         recalibrate_batchnorm(encoder, (batch["image"].to(self.device) for batch in batches))
@@ -205,6 +211,11 @@ def read_result(path: Path, identity: str) -> dict[str, Any] | None:
         return content["result"] if content["identity"] == identity else None
     except (OSError, ValueError, KeyError, TypeError):
         return None
+
+
+def default_stride(decoder: str, image_size: int) -> int:
+    """Of the encoder in fine-tuning: DeepLabv3+'s is 8, a U-Net's by the size of the images."""
+    return 8 if decoder == "deeplab" else unet_stride(image_size)
 
 
 def unet_stride(image_size: int) -> int:

@@ -1,4 +1,4 @@
-"""Fine-tuning: trains a whole U-Net on labelled slices, augmented in batches on the device."""
+"""Fine-tuning: trains encoder and decoder on labelled slices, augmented on the device."""
 
 import math
 from collections.abc import Callable, Iterator

@@ -41,6 +41,8 @@ class Encoder(nn.Module):
 
     Attributes:
         channels: channels of the five maps of `pyramid`.
+        whitening: a layer that the last map passes through, or None; see `keep_whitening` in
+            medmoco.models.whitening.
 
     Raises:
         UserError: an argument is out of range.
@@ -70,6 +72,7 @@ class Encoder(nn.Module):
             _make_layer(block, inputs, *rest)
             for inputs, *rest in zip(self.channels, planes, depths, _LAYER_STRIDES, strict=False)
         )
+        self.whitening: nn.Module | None = None
         self.set_output_stride(output_stride)
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
@@ -96,7 +99,10 @@ class Encoder(nn.Module):
         first = self.layer1(self.maxpool(stem))
         second = self.layer2(first)
         third = self.layer3(second)
-        return stem, first, second, third, self.layer4(third)
+        last = self.layer4(third)
+        if self.whitening is not None:
+            last = self.whitening(last)
+        return stem, first, second, third, last
 
     def set_output_stride(self, output_stride: int) -> None:
         """Changes the stride of the last map in place; the weights stay as they are.
