@@ -1,5 +1,7 @@
 """What turns an encoder into a segmentation network: image in, logits of the same size out."""
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
@@ -87,3 +89,6 @@ def resize(x: Tensor, like: Tensor) -> Tensor:
     if x.shape[-2:] == size:
         return x
     return functional.interpolate(x, size=size, mode="bilinear", align_corners=False)
+
+
+DECODERS: dict[str, Callable[[Encoder, int], nn.Module]] = {"linear": LinearDecoder, "unet": UNet}

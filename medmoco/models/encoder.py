@@ -216,7 +216,7 @@ def load_encoder(path: Path) -> tuple[Encoder, dict[str, Any]]:
         reason = str(error).split("\n", 1)[0]  # PyTorch's messages go on with stack frames
         raise UserError(f"{path}: the encoder's settings are damaged: {reason}") from error
     state = content.pop("state_dict", None)
-    problem = _mismatch(encoder.state_dict(), state)
+    problem = mismatch(encoder.state_dict(), state)
     if problem:
         raise UserError(f"{path}: the weights do not fit {encoder.arch}: {problem}")
     encoder.load_state_dict(state, assign=True)
@@ -265,7 +265,7 @@ def _read_content(path: Path) -> dict[str, Any]:
     return content
 
 
-def _mismatch(expected: dict[str, Tensor], state: Any) -> str | None:
+def mismatch(expected: dict[str, Tensor], state: Any) -> str | None:
     """What keeps `state` from being loaded, in words, or None."""
     if not isinstance(state, dict):
         return f"expected a state_dict, got {type(state).__name__}"
