@@ -28,6 +28,7 @@ from medmoco.metrics_log import MetricsLog
 from medmoco.models.decoders import DECODERS
 from medmoco.models.encoder import Encoder
 from medmoco.models.moco import recalibrate_batchnorm
+from medmoco.models.segmenter import Segmenter, save_segmenter
 from medmoco.output import write_json
 
 if TYPE_CHECKING:
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
 
 LINEAR_STRIDE = 4  # input pixels a cell of the map that the linear decoder reads
 CALIBRATION_SLICES = 512
+SEGMENTERS = "segmenters"  # folder in a run of the models, which `medmoco predict` looks for
 # Flags that change neither the data nor the training.
 WITHOUT_EFFECT = frozenset(
     {"output", "mode", "controls", "encoder", "cache", "device", "workers", "resume", "overwrite"}
@@ -78,8 +80,9 @@ class Segmentation:
     ) -> dict[str, Any]:
         """Trains and tests one model, or reads the result that `output` holds of the same inputs.
 
-        Writes predictions/<stage>-<initialisation>/ (a label map of each test case, result.json),
-        adds to predictions/overlays.npz and metrics.jsonl.
+        Writes segmenters/<stage>-<initialisation>.pt and predictions/<stage>-<initialisation>/ (a
+        label map of each test case, result.json), adds to predictions/overlays.npz and
+        metrics.jsonl.
 
         Args:
             stage: "linear", a linear decoder on a frozen encoder, or "finetune", of --decoder.
@@ -94,8 +97,9 @@ class Segmentation:
         name = f"{stage}-{initialisation}"
         folder = output / "predictions" / name
         identity = self.identity(encoder)
+        weights = output / SEGMENTERS / f"{name}.pt"
         finished = read_result(folder / "result.json", identity)
-        if finished is not None:
+        if finished is not None and weights.is_file():
             print(f"{name}: finished before, {folder / 'result.json'}")
             return finished
         started = time.monotonic()
@@ -107,6 +111,8 @@ class Segmentation:
             torch.manual_seed(self.config.seed)
             copied = copy.deepcopy(encoder) if encoder else self._new_encoder()
             model, about = train(copied.to(self.device), encoder is not None, log)
+        (folder / "result.json").unlink(missing_ok=True)  # of a model that is now replaced
+        self._save(weights, model, "linear" if stage == "linear" else self.config.decoder)
         result, pictures = evaluate(
             model,
             self.cache,
@@ -121,6 +127,14 @@ class Segmentation:
         write_pictures(output / "predictions" / OVERLAYS_NAME, name, pictures)
         write_json(folder / "result.json", {"identity": identity, "result": result})
         return result
+
+    def _save(self, path: Path, model: nn.Module, decoder: str) -> None:
+        cache = self.cache
+        path.parent.mkdir(parents=True, exist_ok=True)
+        save_segmenter(
+            path,
+            Segmenter(model, decoder, cache.classes, cache.values, self.grid, cache.settings),
+        )
 
     def _train_linear(
         self, encoder: Encoder, pretrained: bool, log: Callable[..., None]

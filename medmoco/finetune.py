@@ -11,8 +11,8 @@ from tqdm import tqdm
 
 from medmoco.data.views import ViewConfig, change_intensities
 from medmoco.errors import UserError
-from medmoco.evaluation import autocast
 from medmoco.losses import dice_cross_entropy
+from medmoco.prediction import autocast
 from medmoco.signals import leave_stopping_to_the_trainer
 
 EMPTY_SHARE = 1 / 3  # slices without foreground, per slice with foreground

@@ -12,6 +12,7 @@ from medmoco.command import run_command
 from medmoco.data.slices import PixelGrid
 from medmoco.downstream import Segmentation
 from medmoco.models.encoder import Encoder, save_encoder
+from medmoco.models.segmenter import load_segmenter
 from medmoco.segment import SegmentConfig, main, prepare, with_encoder
 
 SMALL = ["--width", "0.125", "--device", "cpu", "--seed", "1"]
@@ -301,3 +302,23 @@ def test_weights_of_others_are_evaluated_with_statistics_of_slices(
     assert second.bn1.running_var.mean() > 1000 * first.bn1.running_var.mean() > 0
     image = torch.rand(1, 1, 48, 48)
     torch.testing.assert_close(second(image), first(image), rtol=0.05, atol=0.05)
+
+
+def test_every_model_is_kept_with_what_prediction_needs(finished, tiny_task):
+    labels = json.loads((tiny_task / "dataset.json").read_text())["labels"]
+    for name in ("linear-pretrained", "linear-random", "finetune-pretrained", "finetune-scratch"):
+        segmenter = load_segmenter(finished / f"segmenters/{name}.pt")
+        assert dict(zip(map(str, segmenter.values), segmenter.classes, strict=True)) == labels
+        assert segmenter.decoder == ("linear" if name.startswith("linear") else "unet")
+        assert (segmenter.settings.modality, segmenter.settings.slice_axis) == ("ct", 2)
+
+
+def test_a_stage_without_its_model_is_not_finished(finished):
+    model = finished / "segmenters/linear-random.pt"
+    result = finished / "predictions/linear-random/result.json"
+    before, weights = json.loads(result.read_text())["result"], load_segmenter(model).model
+    model.unlink()
+    assert run_command(main, ["--output", str(finished), "--resume"]) == 0
+    assert json.loads(result.read_text())["result"]["dice_per_volume"] == before["dice_per_volume"]
+    for name, value in load_segmenter(model).model.state_dict().items():
+        torch.testing.assert_close(value, weights.state_dict()[name], rtol=0, atol=0)

@@ -255,6 +255,11 @@ class MapWhitening(nn.Conv2d):
         return super().forward(feature_map - self.mean[:, None, None])
 
 
+def group_of(layer: nn.Conv2d | None) -> int | None:
+    """Channels whitened together by a `MapWhitening`; None for none."""
+    return None if layer is None else layer.weight.shape[1]
+
+
 def map_whitening_state(whitening: nn.Module | None) -> dict[str, Tensor] | None:
     """Eval mode of a whitening as state_dict of a `MapWhitening`, on the CPU; None without one.
 
