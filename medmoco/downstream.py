@@ -28,7 +28,7 @@ from medmoco.metrics_log import MetricsLog
 from medmoco.models.decoders import DECODERS
 from medmoco.models.encoder import Encoder
 from medmoco.models.moco import recalibrate_batchnorm
-from medmoco.models.segmenter import Segmenter, save_segmenter
+from medmoco.models.segmenter import FOLDER, Segmenter, save_segmenter
 from medmoco.output import write_json
 
 if TYPE_CHECKING:
@@ -36,7 +36,6 @@ if TYPE_CHECKING:
 
 LINEAR_STRIDE = 4  # input pixels a cell of the map that the linear decoder reads
 CALIBRATION_SLICES = 512
-SEGMENTERS = "segmenters"  # folder in a run of the models, which `medmoco predict` looks for
 # Flags that change neither the data nor the training.
 WITHOUT_EFFECT = frozenset(
     {"output", "mode", "controls", "encoder", "cache", "device", "workers", "resume", "overwrite"}
@@ -97,7 +96,7 @@ class Segmentation:
         name = f"{stage}-{initialisation}"
         folder = output / "predictions" / name
         identity = self.identity(encoder)
-        weights = output / SEGMENTERS / f"{name}.pt"
+        weights = output / FOLDER / f"{name}.pt"
         finished = read_result(folder / "result.json", identity)
         if finished is not None and weights.is_file():
             print(f"{name}: finished before, {folder / 'result.json'}")

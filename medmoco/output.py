@@ -1,8 +1,10 @@
 """Everything that is written to disk goes through here: whole files or none."""
 
+import glob
 import io
 import json
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -97,6 +99,14 @@ def atomic_file(path: Path) -> Iterator[BinaryIO]:
         os.fsync(directory)  # the rename itself must survive a power cut
     finally:
         os.close(directory)
+
+
+def remove_leftovers(path: Path) -> None:
+    """Deletes what a process that was killed has left of writing `path`."""
+    ours = re.compile(re.escape(f".{path.name}.") + r"\w{8}")
+    for found in path.parent.glob(f".{glob.escape(path.name)}.*"):
+        if ours.fullmatch(found.name):
+            found.unlink(missing_ok=True)
 
 
 def write_bytes_atomic(path: Path, content: bytes) -> None:

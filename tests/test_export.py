@@ -23,7 +23,7 @@ def command(*arguments):
 
 
 def trained(arch="resnet18", width=1.0, whiten=False):
-    """An encoder whose statistics are those of images, with a whitening in place of its last norm."""
+    """An encoder whose statistics are those of images; its last norm can be a whitening."""
     torch.manual_seed(0)
     encoder = Encoder(arch, width)
     if whiten:

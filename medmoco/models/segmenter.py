@@ -19,6 +19,8 @@ from medmoco.models.whitening import MapWhitening, group_of
 from medmoco.output import save_torch
 
 FORMAT, VERSION = "medmoco.segmenter", 1
+FOLDER = "segmenters"  # in a run; which of its models is taken, the first that is there
+PREFERENCE = ("finetune-pretrained", "finetune-scratch", "linear-pretrained", "linear-random")
 MAX_CLASSES = 256  # a class index is a uint8
 MAX_VALUE = 65535  # of a label map
 MAX_CANVAS = 2**14  # pixels a side
@@ -128,6 +130,30 @@ def load_segmenter(path: Path) -> Segmenter:
         raise UserError(f"{path}: the weights do not fit {content['decoder']}: {problem}")
     model.load_state_dict(content["state_dict"], assign=True)
     return Segmenter(model.eval(), content["decoder"], classes, values, grid, settings)
+
+
+def find_segmenters(path: Path) -> list[Path]:
+    """The files that are meant by a file, a run, or a run of several folds.
+
+    Raises:
+        UserError: there is no model at this place.
+    """
+    path = Path(path)
+    if path.is_file():
+        return [path]
+    if not path.is_dir():
+        raise UserError(f"--model {path}: expected a run or a segmenter's file, got neither")
+    files = (path / FOLDER / f"{name}.pt" for name in PREFERENCE)
+    best = next(filter(Path.is_file, files), None)
+    if best:
+        return [best]
+    folds = sorted(path.glob("fold_*"))
+    if not folds:
+        raise UserError(
+            f"--model {path}: expected a run with a trained model in {FOLDER}/, got none; "
+            "`medmoco segment` trains one, and --resume brings that of an older run"
+        )
+    return [file for fold in folds for file in find_segmenters(fold)]
 
 
 def _classes(names: Any, values: Any) -> tuple[tuple[str, ...], tuple[int, ...]]:
