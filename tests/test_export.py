@@ -27,8 +27,8 @@ def trained(arch="resnet18", width=1.0, whiten=False):
     torch.manual_seed(0)
     encoder = Encoder(arch, width)
     if whiten:
-        replace_last_norm(encoder, ZCAWhitening(encoder.channels[-1], 32))
-    encoder.train()(torch.rand(8, 1, 128, 128))
+        replace_last_norm(encoder, ZCAWhitening(encoder.channels[-1], 8))
+    encoder.train()(torch.rand(8, 1, 64, 64))
     return encoder.eval()
 
 
@@ -154,7 +154,8 @@ def narrow(tmp_path):
     save_encoder(tmp_path / "encoder.pt", Encoder("resnet18", 0.125))
     (tmp_path / "segmenters").mkdir()
     save_segmenter(tmp_path / "segmenters" / "linear-random.pt", segmenter_of("linear"))
-    (tmp_path / "there.onnx").write_text("mine")
+    for name in ("there.onnx", "text.pt"):
+        (tmp_path / name).write_text("mine")
     return tmp_path
 
 
@@ -174,8 +175,9 @@ def narrow(tmp_path):
         ),
         ("--to torchvision --run segmenters", "--run segmenters: expected encoder.pt in it"),
         ("--to torchvision --encoder none.pt", "none.pt: cannot read the encoder file"),
-        ("--to torchvision --encoder there.onnx", "there.onnx: expected an encoder.pt of medmoco"),
-        ("--to onnx --model there.onnx", "there.onnx: expected a file of tensors"),
+        ("--to torchvision --encoder text.pt", "text.pt: expected an encoder.pt of medmoco"),
+        ("--to onnx --model text.pt", "text.pt: expected a file of tensors"),
+        ("--to onnx --model encoder.pt", "encoder.pt: expected a segmenter of format"),
         ("--to onnx --model none.pt", "none.pt: expected a run or a segmenter's file"),
         (
             "--to onnx --run . --output there.onnx",

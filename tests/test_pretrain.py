@@ -17,7 +17,7 @@ from medmoco import pretrain
 from medmoco.command import run_command
 from medmoco.config import read_config
 from medmoco.data.stream import EpochSampler, hold_out_patients
-from medmoco.methods import build_model
+from medmoco.methods import apply_preset, build_model
 from medmoco.models.encoder import Encoder, load_encoder
 from medmoco.pretrain import PretrainConfig
 
@@ -366,6 +366,11 @@ def test_init_starts_from_weights_of_others_and_goes_on_without_their_file(
     (output / "checkpoints" / "last.pt").unlink()
     assert run_command(pretrain.main, ["--output", str(output), "--resume"]) == 2
     assert f"{others}: no such file" in capsys.readouterr().err
+
+
+def test_architecture_of_init_wins_over_that_of_the_method(others):
+    config = apply_preset(pretrain.with_init(PretrainConfig(method="paper", init=others)))
+    assert (config.arch, config.width) == ("resnet34", 0.125)
 
 
 @pytest.mark.parametrize(
