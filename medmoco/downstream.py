@@ -1,4 +1,4 @@
-"""The models of segmentation, trained and tested: linear decoders, U-Nets, and their controls."""
+"""The models of segmentation, trained and tested: decoders on an encoder, and their controls."""
 
 import copy
 import dataclasses
@@ -26,9 +26,10 @@ from medmoco.launch import choose_device, choose_workers
 from medmoco.linear import linear_evaluation
 from medmoco.losses import inverse_frequency_weights
 from medmoco.metrics_log import MetricsLog
-from medmoco.models.decoders import UNet
+from medmoco.models.decoders import DECODERS
 from medmoco.models.encoder import Encoder
 from medmoco.models.moco import recalibrate_batchnorm
+from medmoco.models.segmenter import FOLDER, Segmenter, save_segmenter
 from medmoco.output import write_json
 from medmoco.progress import ProgressPlot
 from medmoco.validation import hold_out
@@ -92,13 +93,14 @@ class Segmentation:
     ) -> dict[str, Any]:
         """Trains and tests one model, or reads the result that `output` holds of the same inputs.
 
-        Writes predictions/<stage>-<initialisation>/ (a label map of each test case, result.json),
-        adds to predictions/overlays.npz and metrics.jsonl.
+        Writes segmenters/<stage>-<initialisation>.pt and predictions/<stage>-<initialisation>/ (a
+        label map of each test case, result.json), adds to predictions/overlays.npz and
+        metrics.jsonl.
 
         Args:
-            stage: "linear", a linear decoder on a frozen encoder, or "finetune", a U-Net.
+            stage: "linear", a linear decoder on a frozen encoder, or "finetune", of --decoder.
             initialisation: "pretrained", or the control: "random" for the linear decoder (BatchNorm
-                recalibrated on slices), "scratch" for the U-Net.
+                recalibrated on slices), "scratch" for fine-tuning.
             encoder: the pretrained one, which stays as it is; None for a control.
             output: folder of the run, which exists.
 
@@ -108,12 +110,13 @@ class Segmentation:
         name = f"{stage}-{initialisation}"
         folder = output / "predictions" / name
         identity = self.identity(encoder)
+        weights = output / FOLDER / f"{name}.pt"
         finished = read_result(folder / "result.json", identity)
-        if finished is not None:
+        if finished is not None and weights.is_file():
             print(f"{name}: finished before, {folder / 'result.json'}")
             return finished
         started = time.monotonic()
-        train = {"linear": self._train_linear, "finetune": self._train_unet}[stage]
+        train = {"linear": self._train_linear, "finetune": self._train_whole}[stage]
         metrics = MetricsLog(output / "metrics.jsonl")
         metrics.forget_training(stage, initialisation)  # of an attempt that was cut short
         progress = ProgressPlot(output, initialisation)
@@ -124,6 +127,8 @@ class Segmentation:
             copied = copy.deepcopy(encoder) if encoder else self._new_encoder()
             model, about = train(copied.to(self.device), encoder is not None, log)
         progress.draw()
+        (folder / "result.json").unlink(missing_ok=True)  # of a model that is now replaced
+        self._save(weights, model, "linear" if stage == "linear" else self.config.decoder)
         result, pictures = evaluate(
             model,
             self.cache,
@@ -139,12 +144,20 @@ class Segmentation:
         write_json(folder / "result.json", {"identity": identity, "result": result})
         return result
 
+    def _save(self, path: Path, model: nn.Module, decoder: str) -> None:
+        cache = self.cache
+        path.parent.mkdir(parents=True, exist_ok=True)
+        save_segmenter(
+            path,
+            Segmenter(model, decoder, cache.classes, cache.values, self.grid, cache.settings),
+        )
+
     def _train_linear(
         self, encoder: Encoder, pretrained: bool, log: Callable[..., None]
     ) -> tuple[nn.Module, dict[str, Any]]:
         encoder.set_output_stride(LINEAR_STRIDE)
         if not pretrained:
-            self._recalibrate(encoder)
+            self.recalibrate(encoder)
         model, weight_decay = linear_evaluation(
             encoder,
             self.dataset,
@@ -157,15 +170,19 @@ class Segmentation:
         )
         return model, {"weight_decay": weight_decay}
 
-    def _train_unet(
+    def _train_whole(
         self, encoder: Encoder, pretrained: bool, log: Callable[..., None]
     ) -> tuple[nn.Module, dict[str, Any]]:
-        encoder.set_output_stride(self.config.output_stride or unet_stride(self.grid.size))
-        model = UNet(encoder, len(self.cache.classes)).to(self.device)
+        decoder = self.config.decoder
+        stride = self.config.output_stride or default_stride(decoder, self.grid.size)
+        encoder.set_output_stride(stride)
+        model = DECODERS[decoder](encoder, len(self.cache.classes)).to(self.device)
         if self.device.type == "cuda":
             model = model.to(memory_format=torch.channels_last)
         pixels = self.pixels[self.trained]
-        start_from_frequencies(model.classifier, pixels.sum(dim=0))
+        classifier = model.classifier
+        assert isinstance(classifier, nn.Conv2d)
+        start_from_frequencies(classifier, pixels.sum(dim=0))
         about = finetune(
             model,
             Subset(self.dataset, self.trained),
@@ -186,8 +203,8 @@ class Segmentation:
         about["missed"] = [self.cache.classes[c] for c in about["missed"]]
         if about["missed"]:
             print(
-                f"warning: the U-Net does not find {', '.join(about['missed'])} even in the slices "
-                "it was trained on: try --class-weights inverse, or more --epochs"
+                f"warning: fine-tuning does not find {', '.join(about['missed'])} even in slices "
+                "that it was trained on: try --class-weights inverse, or more --epochs"
             )
         if self.validated:
             about["validation_patients"] = sorted({self.patients[i] for i in self.validated})
@@ -201,10 +218,14 @@ class Segmentation:
         return Encoder(self.config.arch, self.config.width)
 
     @torch.no_grad()
-    def _recalibrate(self, encoder: Encoder) -> None:
-        """Gives a random encoder the statistics of slices, else its features would be off scale."""
+    def recalibrate(self, encoder: Encoder) -> None:
+        """Gives an encoder the statistics of slices: a random one, or one that was trained on other
+        images, would have features off scale. They are those of the linear evaluation's
+        map; fine-tuning goes on with statistics of its own.
+        """
         slices = self.cache.indices_of(self.split.pretrain or self.split.train)
         step = -(-len(slices) // CALIBRATION_SLICES)
+        encoder.to(self.device).set_output_stride(LINEAR_STRIDE)
         dataset = SliceDataset(self.cache, slices[::step], self.grid)
         batches = DataLoader(dataset, self.config.batch_size)
         recalibrate_batchnorm(encoder, (batch["image"].to(self.device) for batch in batches))
@@ -248,6 +269,11 @@ def read_result(path: Path, identity: str) -> dict[str, Any] | None:
         return content["result"] if content["identity"] == identity else None
     except (OSError, ValueError, KeyError, TypeError):
         return None
+
+
+def default_stride(decoder: str, image_size: int) -> int:
+    """Of the encoder in fine-tuning: DeepLabv3+'s is 8, a U-Net's by the size of the images."""
+    return 8 if decoder == "deeplab" else unet_stride(image_size)
 
 
 def unet_stride(image_size: int) -> int:

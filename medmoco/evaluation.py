@@ -9,14 +9,14 @@ from typing import Any
 import numpy as np
 import torch
 from torch import nn
-from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from medmoco.data.slices import PixelGrid, SliceDataset, fit_slice, unfit
+from medmoco.data.slices import PixelGrid, SliceDataset, fit_slice
 from medmoco.data.store import SliceCache
-from medmoco.data.volumes import write_label_map
+from medmoco.data.volumes import label_type, write_label_map
 from medmoco.metrics import DiceTable
 from medmoco.output import write_bytes_atomic
+from medmoco.prediction import Member, predict_stack
 
 MAX_PICTURES = 6  # test volumes of which a slice is kept for the report
 OVERLAYS_NAME = "overlays.npz"
@@ -31,36 +31,6 @@ class Picture:
     prediction: np.ndarray
     case: str
     slice: int
-
-
-@torch.no_grad()
-def predict_volume(
-    model: nn.Module,
-    cache: SliceCache,
-    number: int,
-    grid: PixelGrid,
-    *,
-    batch_size: int,
-    device: torch.device,
-    amp_dtype: torch.dtype | None,
-) -> np.ndarray:
-    """Segments volume `number` of the cache.
-
-    The logits, not the labels, are brought back to the volume's own pixels, so that boundaries
-    stay smooth.
-
-    Returns:
-        (n, h, w) uint8 class indices on the grid of the cache's slices.
-    """
-    volume = cache.volumes[number]
-    dataset = SliceDataset(cache, np.flatnonzero(cache.slice_volume == number), grid)
-    slices = []
-    for batch in DataLoader(dataset, batch_size):
-        with autocast(device, amp_dtype):
-            logits = model(batch["image"].to(device))
-        native = unfit(logits.float(), volume.shape[1:], volume.spacing[1:], grid)
-        slices.append(native.argmax(dim=1).byte().cpu())
-    return torch.cat(slices).numpy()
 
 
 def evaluate(
@@ -91,17 +61,15 @@ def evaluate(
     """
     folder.mkdir(parents=True, exist_ok=True)
     numbers = {volume.case: number for number, volume in enumerate(cache.volumes)}
-    value_of = np.asarray(cache.values, dtype=np.uint8)
+    value_of = np.asarray(cache.values, label_type(cache.values))
     table = DiceTable(cache.classes)
     pictures: list[Picture] = []
     with tqdm(cases, desc="test", unit="volume", disable=None) as bar:
         for case in bar:
             number = numbers[case]
-            prediction = predict_volume(
-                model,
-                cache,
-                number,
-                grid,
+            prediction = predict_stack(
+                [Member(model, grid, cache.images(number))],
+                cache.volumes[number].spacing[1:],
                 batch_size=batch_size,
                 device=device,
                 amp_dtype=amp_dtype,
@@ -147,10 +115,3 @@ def write_pictures(path: Path, stage: str, pictures: Sequence[Picture]) -> None:
     buffer = io.BytesIO()
     np.savez_compressed(buffer, **new)  # type: ignore[arg-type]
     write_bytes_atomic(path, buffer.getvalue())
-
-
-def autocast(device: torch.device, amp_dtype: torch.dtype | None) -> torch.autocast:
-    """Lower precision on CUDA only; on the CPU it costs more than it saves."""
-    return torch.autocast(
-        device.type, dtype=amp_dtype, enabled=amp_dtype is not None and device.type == "cuda"
-    )

@@ -1,4 +1,4 @@
-"""Fine-tuning: trains a whole U-Net on labelled slices, augmented in batches on the device."""
+"""Fine-tuning: trains encoder and decoder on labelled slices, augmented on the device."""
 
 import math
 from collections.abc import Callable
@@ -12,8 +12,8 @@ from tqdm import tqdm
 
 from medmoco.data.views import ViewConfig, change_intensities
 from medmoco.errors import UserError
-from medmoco.evaluation import autocast
 from medmoco.losses import dice_cross_entropy
+from medmoco.prediction import autocast
 from medmoco.sampling import ForegroundSampler
 from medmoco.signals import leave_stopping_to_the_trainer
 from medmoco.validation import BestWeights, dice_of, mean_dice, overlap, validate

@@ -63,8 +63,13 @@ def choose_output(config: Config, name: str) -> Config:
     return dataclasses.replace(config, output=output, cache=cache)
 
 
-def create_run(config: Any, command: str) -> None:
+def create_run(config: Any, command: str, **more: Any) -> None:
     """Makes the output folder and writes config.json, from which --resume and --config read.
+
+    Args:
+        config: the flags.
+        command: that makes the run.
+        more: what else config.json is to hold.
 
     Raises:
         UserError: the folder cannot be made, or --resume means a run of another command.
@@ -81,4 +86,4 @@ def create_run(config: Any, command: str) -> None:
         # A run is made once: how to treat an existing folder is no part of what it is.
         made = dataclasses.replace(config, resume=False, overwrite=False)
         about = {"medmoco": medmoco.__version__, "command": command, "argv": sys.argv[1:]}
-        write_json(config.output / CONFIG_NAME, about | to_json(made))
+        write_json(config.output / CONFIG_NAME, about | more | to_json(made))

@@ -25,6 +25,8 @@ from medmoco.methods import build_model
 from medmoco.metrics_log import MetricsLog, StepClock
 from medmoco.models.encoder import save_encoder
 from medmoco.models.moco import recalibrate_batchnorm, train_step
+from medmoco.models.weights import read_weights
+from medmoco.models.whitening import map_whitening_state
 from medmoco.signals import Stopped, StopRequest
 
 if TYPE_CHECKING:
@@ -57,7 +59,10 @@ class Pretraining:
         self.cache = cache
         self.output = output = config.output
         self.device = torch.device(config.device)
-        self.model = build_model(config).to(self.device)
+        self.checkpoint = output / "checkpoints" / "last.pt"
+        starts = config.init is not None and not (config.resume and self.checkpoint.is_file())
+        initial = read_weights(config.init) if starts else None
+        self.model = build_model(config, initial).to(self.device)
         if self.device.type == "cuda":
             self.model = self.model.to(memory_format=torch.channels_last)
         self.generator = torch.Generator(self.device).manual_seed(config.seed)
@@ -80,7 +85,6 @@ class Pretraining:
         )
         self.total_steps = config.epochs * self.sampler.batches
         self.step = 0  # steps taken
-        self.checkpoint = output / "checkpoints" / "last.pt"
         self.metrics = MetricsLog(output / "metrics.jsonl")
         self.chance = math.log(config.queue_size + 1)  # the loss of guessing, in nats
         self.losses = [0.0, 0]  # global losses of the epoch so far: their sum and number
@@ -322,6 +326,7 @@ class Pretraining:
             "modality": self.cache.modality,
             "window": (config.window_low, config.window_high),
             "slice_axis": self.cache.axis,
+            "whitening": map_whitening_state(self.model.query.whitening),
             "patients": sorted({volume.patient for volume in self.cache.volumes}),
         }
 

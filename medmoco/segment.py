@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
+import torch
+
 import medmoco
 from medmoco.command import run_command
 from medmoco.config import MAX_SEED, option, parse
@@ -16,7 +18,7 @@ from medmoco.data.folds import FOLDS_NAME, choose_folds, label_share, split_fold
 from medmoco.data.slices import PixelGrid
 from medmoco.data.splits import write_split
 from medmoco.data.store import SliceCache
-from medmoco.downstream import Segmentation, unet_stride
+from medmoco.downstream import Segmentation, default_stride
 from medmoco.errors import UserError
 from medmoco.labelled import (
     image_grid,
@@ -27,7 +29,9 @@ from medmoco.labelled import (
     without_bad,
 )
 from medmoco.launch import choose_output, create_run
-from medmoco.models.encoder import Encoder, load_encoder
+from medmoco.models.encoder import Encoder
+from medmoco.models.weights import read_weights, with_architecture
+from medmoco.models.whitening import keep_whitening
 from medmoco.output import CONFIG_NAME, write_json
 from medmoco.signals import stopping_at_once
 
@@ -40,10 +44,16 @@ class SegmentConfig:
 
     task: Path | None = option(None, "labelled data: Decathlon, nnU-Net or img/ and label/")
     output: Path | None = option(None, "folder of the run")
-    encoder: Path | None = option(None, "encoder.pt of a pretraining run; without it, the controls")
+    encoder: Path | None = option(
+        None, "encoder.pt of a pretraining run, weights of a torchvision ResNet, or a checkpoint "
+        "of MoCo or the like; without it, the controls",
+    )  # fmt: skip
+    keep_whitening: bool = option(
+        False, "let the last map pass through the whitening that stood after pooling in pretraining"
+    )
     mode: str = option("both", "what to do", choices=("linear", "finetune", "both"))
     controls: bool = option(
-        True, "also run a frozen random encoder (linear) and a U-Net from scratch (finetune)"
+        True, "also run a frozen random encoder (linear) and fine-tuning from scratch (finetune)"
     )
     label_fraction: float = option(1.0, "share of the training patients whose labels are used")
     split: Path | None = option(
@@ -74,6 +84,10 @@ class SegmentConfig:
     patience: int | None = option(
         None, "epochs without a better validation before fine-tuning stops", least=1
     )
+    decoder: str = option(
+        "unet", "network of fine-tuning on the encoder: U-Net or DeepLabv3+",
+        choices=("unet", "deeplab"),
+    )  # fmt: skip
     arch: str | None = option(
         None, "of the encoder; default the file's or resnet18",
         choices=("resnet18", "resnet34", "resnet50"),
@@ -82,8 +96,10 @@ class SegmentConfig:
     image_size: int | None = option(None, "pixels of an image, square; default holds every slice")
     spacing: float | None = option(None, "mm a pixel; default the file's or the set's median")
     output_stride: int | None = option(
-        None, "of the U-Net's encoder; linear evaluation is at 4", choices=(4, 8, 16, 32)
-    )
+        None, "of the encoder in fine-tuning; default 8 for deeplab, of a U-Net by the image size; "
+        "linear evaluation is at 4",
+        choices=(4, 8, 16, 32),
+    )  # fmt: skip
     modality: str = option("auto", "intensity scaling", choices=("auto", "ct", "mr"))
     window_low: float | None = option(None, "lower end of the CT window, HU; default -175")
     window_high: float | None = option(None, "upper end of the CT window, HU; default 250")
@@ -146,11 +162,11 @@ def usable_grid(config: SegmentConfig, cache: SliceCache, metadata: dict[str, An
         UserError: they are too few for the U-Net.
     """
     grid = image_grid(cache, config, metadata)
-    stride = config.output_stride or unet_stride(grid.size)
+    stride = config.output_stride or default_stride(config.decoder, grid.size)
     if config.mode != "linear" and grid.size <= stride:
         raise UserError(
             f"--image-size {grid.size}: expected more than the {stride} pixels of a cell of the "
-            "U-Net's deepest map (--output-stride), for a single cell has no statistics"
+            "deepest map (--output-stride), for a single cell has no statistics"
         )
     return grid
 
@@ -159,18 +175,26 @@ def with_encoder(config: SegmentConfig) -> tuple[SegmentConfig, Encoder | None, 
     """Reads --encoder; --arch and --width become those of its file, or the defaults.
 
     Raises:
-        UserError: the file is no encoder, or contradicts --arch or --width.
+        UserError: the file is no encoder, contradicts --arch or --width, or has no whitening.
     """
     if config.encoder is None:
+        if config.keep_whitening:
+            raise UserError("--keep-whitening: expected --encoder with it, got none")
         arch, width = config.arch or "resnet18", 1.0 if config.width is None else config.width
         return dataclasses.replace(config, arch=arch, width=width), None, {}
-    encoder, metadata = load_encoder(config.encoder)
-    for name in ("arch", "width"):
-        asked, found = getattr(config, name), getattr(encoder, name)
-        if asked not in (None, found):
-            raise UserError(f"{config.encoder}: --{name} {asked} was given, the file has {found}")
-    config = dataclasses.replace(config, arch=encoder.arch, width=encoder.width)
-    return config, encoder, metadata
+    weights = read_weights(config.encoder)
+    config = with_architecture(config, weights)
+    print(f"encoder: {weights.about}")
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(config.seed)  # for what the file may not have
+        encoder = Encoder(weights.arch, weights.width)
+    weights.load_into(encoder)
+    if config.keep_whitening:
+        try:
+            keep_whitening(encoder, weights.metadata.get("whitening"))
+        except UserError as error:
+            raise UserError(f"--keep-whitening: {config.encoder}: {error}") from error
+    return config, encoder.eval(), weights.metadata
 
 
 def run_stages(segmentation: Segmentation, encoder: Encoder | None, output: Path) -> dict[str, Any]:
@@ -233,6 +257,8 @@ def run_and_summarise(
     for warning in warnings:
         print(f"warning: {warning}")
     write_split(output / "split.json", segmentation.split)
+    if encoder is not None and not metadata.get("calibrated", True):
+        segmentation.recalibrate(encoder)
     results = run_stages(segmentation, encoder, output)
     summary = {
         "medmoco": medmoco.__version__,

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 from medmoco.errors import UserError
-from medmoco.evaluation import autocast
+from medmoco.prediction import autocast
 
 
 def hold_out(patients: Sequence[str], fraction: float, seed: int) -> tuple[list[int], list[int]]:

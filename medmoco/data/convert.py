@@ -7,7 +7,7 @@ import numpy as np
 
 from medmoco.data.nifti import VolumeError
 from medmoco.data.store import FULL_SCALE
-from medmoco.data.volumes import Grid, Volume
+from medmoco.data.volumes import Grid, Volume, to_stack
 
 CLEARLY_COARSER = 1.1  # ratio of spacings
 AXIAL = 2
@@ -31,9 +31,19 @@ def guess_modality(voxels: np.ndarray) -> str:
 
 
 def to_pixels(
-    path: Path, voxels: np.ndarray, modality: str, window: tuple[float, float]
+    path: Path, voxels: np.ndarray, modality: str, window: tuple[float, float], axis: int
 ) -> np.ndarray:
     """Clips to the HU window (CT) or the 0.5 to 99.5 percentiles (MR), scaled to 0..65535.
+
+    Args:
+        path: of the volume, for errors.
+        voxels: (x, y, z) float32 in canonical order.
+        modality: "ct" or "mr".
+        window: HU that become 0 and 65535 in CT.
+        axis: along which slices are cut.
+
+    Returns:
+        (n, h, w) uint16, the stack of slices as `to_stack` cuts it.
 
     Raises:
         VolumeError: every voxel lies on one side of the window.
@@ -47,15 +57,25 @@ def to_pixels(
                 f"got {voxels.min():g} to {voxels.max():g}",
             )
     else:
-        sample = voxels.ravel(order="K")[:: max(1, voxels.size // PERCENTILE_VOXELS)]
-        low, high = np.percentile(sample, MR_PERCENTILES)
+        low, high = np.percentile(_sample(voxels), MR_PERCENTILES)
         if low == high:  # nearly everything has one value
             low, high = voxels.min(), voxels.max()
-    # In place, since a volume can fill much of the memory; float64 would double it.
-    scaled = np.clip(voxels, np.float32(low), np.float32(high))
-    scaled -= np.float32(low)
-    scaled *= np.float32(FULL_SCALE / (float(high) - float(low)))
-    return np.rint(scaled, out=scaled).clip(0, FULL_SCALE).astype(np.uint16)
+    factor = np.float32(FULL_SCALE / (float(high) - float(low)))
+    stack = to_stack(voxels, axis)
+    pixels = np.empty(stack.shape, np.uint16)
+    # A slice at a time, since a volume can fill much of the memory.
+    for plane, out in zip(stack, pixels, strict=True):
+        scaled = np.clip(plane, np.float32(low), np.float32(high))
+        scaled -= np.float32(low)
+        scaled *= factor
+        out[:] = np.rint(scaled, out=scaled).clip(0, FULL_SCALE, out=scaled)
+    return pixels
+
+
+def _sample(voxels: np.ndarray) -> np.ndarray:
+    """Evenly spaced voxels in the order of the memory, without a copy of the others."""
+    in_memory = voxels.transpose(np.argsort(np.negative(np.abs(voxels.strides)), kind="stable"))
+    return in_memory.flat[:: max(1, voxels.size // PERCENTILE_VOXELS)]
 
 
 def to_classes(path: Path, label: Volume, image: Grid, values: Sequence[int]) -> np.ndarray:

@@ -45,7 +45,7 @@ def folder_sources(
     folder = Path(folder)
     paths = find_volumes(folder)
     counts = Counter(volume_name(path) for path in paths)
-    with_channels = _folders_of_channels(paths)
+    with_channels = folders_of_channels(paths)
     sources = []
     for path in paths:
         name = file_name = volume_name(path)
@@ -62,7 +62,7 @@ def folder_sources(
     return sources
 
 
-def _folders_of_channels(paths: Collection[Path]) -> set[Path]:
+def folders_of_channels(paths: Collection[Path]) -> set[Path]:
     """Folders of images by their name, all of whose files end in a channel's number."""
     plain = {path.parent for path in paths if not CHANNEL.search(volume_name(path))}
     named = ("images", ABDOMEN_1K_IMAGES)
