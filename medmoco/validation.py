@@ -104,12 +104,12 @@ class BestWeights:
     def __init__(self, patience: int | None):
         self.patience = patience
         self.epoch = 0
-        self.dice = -math.inf
+        self.dice: float | None = None
         self._weights: dict[str, Tensor] = {}
 
     def add(self, epoch: int, dice: float | None, model: nn.Module) -> bool:
         """Takes the result of an epoch; tells whether the training is to stop."""
-        if dice is not None and dice > self.dice:
+        if dice is not None and (self.dice is None or dice > self.dice):
             self.epoch, self.dice = epoch, dice
             self._weights = copy.deepcopy(model.state_dict())
         return self.patience is not None and epoch - self.epoch >= self.patience

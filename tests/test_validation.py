@@ -5,7 +5,7 @@ import torch
 
 from medmoco.errors import UserError
 from medmoco.metrics import dice_from_counts, overlap_counts
-from medmoco.validation import dice_of, hold_out, mean_dice, overlap, validate
+from medmoco.validation import BestWeights, dice_of, hold_out, mean_dice, overlap, validate
 
 PATIENTS = [f"p{number // 3:02d}" for number in range(30)]  # ten, of three slices
 
@@ -74,3 +74,12 @@ def test_validation_takes_the_pixels_of_all_slices_together_in_eval_mode():
     dice = validate(model, slices, 2, torch.device("cpu"), None)
     assert dice == [pytest.approx(2 * 32 / (32 + 40))]
     assert model.training
+
+
+def test_without_any_dice_the_last_weights_stay():
+    best, model = BestWeights(patience=3), torch.nn.Linear(1, 1)
+    assert [best.add(epoch, None, model) for epoch in (1, 2, 3)] == [False, False, True]
+    torch.nn.init.constant_(model.weight, 5.0)
+    best.restore(model)
+    assert model.weight == 5.0
+    assert (best.epoch, best.dice) == (0, None)
