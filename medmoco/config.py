@@ -59,7 +59,10 @@ def parse(cls: type[Config], argv: Sequence[str] | None, *, prog: str, descripti
     known, unknown = parser.parse_known_args(argv)
     if unknown:
         parser.refuse_unknown(unknown, [_flag(field.name) for field in fields])
-    given = {k: tuple(v) if isinstance(v, list) else v for k, v in vars(known).items()}
+    given: dict[str, Any] = {
+        name: tuple(value) if isinstance(value, list) else value
+        for name, value in vars(known).items()
+    }
     config_file = given.pop("config", None)
     values = read_config(cls, config_file) if config_file else {}
     if given.get("resume"):

@@ -84,14 +84,15 @@ def predict_stack(
         (n, h, w) uint8 class indices.
     """
     clock = clock or Clock(device)
-    classes = np.empty(members[0].pixels.shape, np.uint8)
-    for start in range(0, len(classes), batch_size):
+    count, height, width = members[0].pixels.shape
+    classes = np.empty((count, height, width), np.uint8)
+    for start in range(0, count, batch_size):
         part = slice(start, start + batch_size)
         scores: Any = None
         for member in members:
             logits = _logits(member, part, spacing, device, amp_dtype, clock)
             with clock.part("to slices"):
-                native = unfit(logits, classes.shape[1:], spacing, member.grid)
+                native = unfit(logits, (height, width), spacing, member.grid)
                 if len(members) > 1 or on_probabilities:
                     native = native.softmax(dim=1).div_(len(members))
                 scores = native if scores is None else scores.add_(native)

@@ -50,12 +50,13 @@ def probability_file(
         ]
 
         def add(part: slice, probabilities: Tensor) -> None:
-            for stack, values in zip(stacks, probabilities.unbind(1), strict=True):
-                stack[part] = values.half().cpu().numpy()
+            for stack, of_class in zip(stacks, probabilities.unbind(1), strict=True):
+                stack[part] = of_class.half().cpu().numpy()
 
         yield add
         with atomic_file(path) as file:
-            about = {"classes": np.array(classes), "values": np.array(values)}
-            np.savez_compressed(file, probabilities=stored, **about)
+            np.savez_compressed(
+                file, probabilities=stored, classes=np.array(classes), values=np.array(values)
+            )
     finally:
         Path(temporary).unlink(missing_ok=True)

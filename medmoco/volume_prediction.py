@@ -48,9 +48,10 @@ class VolumePredictor:
         self.amp_dtype = amp_dtype
         self.save_probabilities = save_probabilities
         self.clock = Clock(device)
-        layout = torch.channels_last if device.type == "cuda" else torch.preserve_format
         for segmenter in segmenters:
-            segmenter.model.to(device, memory_format=layout)
+            segmenter.model.to(device)
+            if device.type == "cuda":
+                segmenter.model.to(memory_format=torch.channels_last)
 
     def label_map(self, item: Input) -> Path:
         """The file that the label map goes to; it is written last."""
@@ -70,9 +71,10 @@ class VolumePredictor:
             UserError: the memory of the device does not suffice.
         """
         first = self.segmenters[0]
-        members, spacing, warning = self._read(item)
-        path, axis = self.label_map(item), first.settings.slice_axis
+        axis = first.settings.slice_axis
         assert axis is not None
+        members, spacing, warning = self._read(item, axis)
+        path = self.label_map(item)
         path.parent.mkdir(parents=True, exist_ok=True)
         keep = (
             probability_file(
@@ -103,22 +105,18 @@ class VolumePredictor:
             write_label_map(path, values[classes], item.image, axis)
         return len(classes), warning
 
-    def _read(self, item: Input) -> tuple[list[Member], tuple[float, float], str | None]:
+    def _read(self, item: Input, axis: int) -> tuple[list[Member], tuple[float, float], str | None]:
         with self.clock.part("read"):
             volume = read_volume(item.image, item.channel)
             warning = self._other_modality(item, volume.voxels)
             stacks: dict[tuple[str, tuple[float, float]], np.ndarray] = {}
             members = []
             for segmenter in self.segmenters:
-                settings = segmenter.settings
-                assert settings.slice_axis is not None
-                scaling = settings.modality, settings.window
+                scaling = segmenter.settings.modality, segmenter.settings.window
                 if scaling not in stacks:
-                    stacks[scaling] = to_pixels(
-                        item.image, volume.voxels, *scaling, settings.slice_axis
-                    )
+                    stacks[scaling] = to_pixels(item.image, volume.voxels, *scaling, axis)
                 members.append(Member(segmenter.model, segmenter.grid, stacks[scaling]))
-            _, row, column = volume.spacing[list(stack_axes(settings.slice_axis))].tolist()
+            _, row, column = volume.spacing[list(stack_axes(axis))].tolist()
         return members, (row, column), warning
 
     def _other_modality(self, item: Input, voxels: np.ndarray) -> str | None:
