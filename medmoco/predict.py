@@ -4,7 +4,7 @@ import hashlib
 import json
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
@@ -172,7 +172,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     predictor = VolumePredictor(
         list(models.values()),
         config.output,
-        batch_size=config.batch_size or _batch_size(models.values(), device),
+        batch_size=config.batch_size or batch_size(models.values(), device),
         device=device,
         amp_dtype=None if config.amp_dtype == "float32" else torch.bfloat16,
         save_probabilities=config.save_probabilities,
@@ -230,7 +230,8 @@ def predict_all(
     return bad
 
 
-def _batch_size(models: Sequence[Segmenter], device: torch.device) -> int:
+def batch_size(models: Collection[Segmenter], device: torch.device) -> int:
+    """Slices at once, as many as the largest images among the models' allow."""
     largest = max(model.grid.size for model in models)
     return max(1, PIXELS_AT_ONCE[device.type] // largest**2)
 
