@@ -126,6 +126,10 @@ def onnx_model(segmenter: Segmenter) -> bytes:
     )
     assert program is not None
     proto = program.model_proto
+    # torch notes at each node which lines of which files on this machine it comes from.
+    graph = proto.graph
+    for part in (graph, *graph.node, *graph.value_info, *graph.input, *graph.output):
+        part.ClearField("metadata_props")
     onnx.helper.set_model_props(proto, onnx_metadata(segmenter))
     onnx.checker.check_model(proto)
     return proto.SerializeToString()
@@ -181,25 +185,28 @@ def export(config: ExportConfig) -> str:
 
 def _source(config: ExportConfig) -> Path:
     """The file to export."""
-    given = [name for name in ("run", "encoder", "model") if getattr(config, name) is not None]
+    paths = {"run": config.run, "encoder": config.encoder, "model": config.model}
+    given = {name: path for name, path in paths.items() if path is not None}
     if len(given) != 1:
         found = " and ".join(f"--{name}" for name in given) or "none"
         raise UserError(f"--run: expected one of --run, --encoder and --model, got {found}")
+    ((name, path),) = given.items()
     if config.to == "onnx":
-        if config.encoder is not None:
+        if name == "encoder":
             raise UserError("--to onnx: expected --run or --model, a segmenter, got --encoder")
-        files = find_segmenters(config.model or config.run)
+        files = find_segmenters(path)
         if len(files) > 1:
             listed = ", ".join(map(str, files))
-            raise UserError(f"--run {config.run}: choose a model with --model, there are {listed}")
+            raise UserError(f"--{name} {path}: expected one model, got {listed}; --model takes one")
         return files[0]
-    source = config.encoder or config.model or config.run / "encoder.pt"
-    if config.run is not None and not source.is_file():
+    if name != "run":
+        return path
+    if not (path / "encoder.pt").is_file():
         raise UserError(
-            f"--run {config.run}: expected encoder.pt in it, got none; --model FILE takes the "
-            "encoder of a segmenter"
+            f"--run {path}: expected encoder.pt in it, got none; --model FILE takes the encoder "
+            "of a segmenter"
         )
-    return source
+    return path / "encoder.pt"
 
 
 def _check_output(output: Path, source: Path, overwrite: bool) -> None:

@@ -60,8 +60,9 @@ class Pretraining:
         self.output = output = config.output
         self.device = torch.device(config.device)
         self.checkpoint = output / "checkpoints" / "last.pt"
-        starts = config.init is not None and not (config.resume and self.checkpoint.is_file())
-        initial = read_weights(config.init) if starts else None
+        initial = None
+        if config.init is not None and not (config.resume and self.checkpoint.is_file()):
+            initial = read_weights(config.init)
         self.model = build_model(config, initial).to(self.device)
         if self.device.type == "cuda":
             self.model = self.model.to(memory_format=torch.channels_last)

@@ -130,6 +130,7 @@ def test_onnxruntime_runs_a_segmenter_to_the_same_logits(tmp_path, capsys, decod
     assert (json.loads(about["image_size"]), json.loads(about["spacing"])) == (48, 1.5)
     assert (json.loads(about["modality"]), json.loads(about["window"])) == ("ct", [-100.0, 300.0])
     assert sorted(path.name for path in tmp_path.iterdir()) == ["model.onnx", "run"]
+    assert b".py" not in (tmp_path / "model.onnx").read_bytes(), "a path of this machine"
 
 
 def test_onnx_without_its_packages_names_the_extra(tmp_path, monkeypatch, capsys):
@@ -152,8 +153,10 @@ def test_onnx_without_its_packages_names_the_extra(tmp_path, monkeypatch, capsys
 def narrow(tmp_path):
     """A folder that is a run of narrow models."""
     save_encoder(tmp_path / "encoder.pt", Encoder("resnet18", 0.125))
-    (tmp_path / "segmenters").mkdir()
-    save_segmenter(tmp_path / "segmenters" / "linear-random.pt", segmenter_of("linear"))
+    for run in (".", "folds/fold_0", "folds/fold_1"):
+        path = tmp_path / run / "segmenters" / "linear-random.pt"
+        path.parent.mkdir(parents=True)
+        save_segmenter(path, segmenter_of("linear"))
     for name in ("there.onnx", "text.pt"):
         (tmp_path / name).write_text("mine")
     return tmp_path
@@ -178,6 +181,7 @@ def narrow(tmp_path):
         ("--to torchvision --encoder text.pt", "text.pt: expected an encoder.pt of medmoco"),
         ("--to onnx --model text.pt", "text.pt: expected a file of tensors"),
         ("--to onnx --model encoder.pt", "encoder.pt: expected a segmenter of format"),
+        ("--to onnx --run folds", "--run folds: expected one model, got folds/fold_0/segmenters/l"),
         ("--to onnx --model none.pt", "none.pt: expected a run or a segmenter's file"),
         (
             "--to onnx --run . --output there.onnx",
