@@ -10,6 +10,7 @@ COMMANDS = {
     "train": "the main job: pretrain, segment, report; without flags, on the phantom",
     "pretrain": "self-supervised pretraining on a folder of volumes",
     "segment": "linear evaluation and fine-tuning on labelled volumes",
+    "evaluate": "scores of predicted label maps against the true ones",
     "report": "one page for one run, or for several side by side",
 }
 
