@@ -32,13 +32,13 @@ def overlap_counts(prediction: np.ndarray, truth: np.ndarray, classes: int) -> n
             raise ValueError(
                 f"{name} must hold classes 0 to {classes - 1}, got {labels.min()} to {labels.max()}"
             )
-    joint = np.zeros(classes**2, np.int64)
+    counts = np.zeros(classes**2, np.int64)
     true, predicted = truth.ravel(), prediction.ravel()
     for start in range(0, truth.size, CHUNK):  # bincount takes 8 bytes a voxel
         part = slice(start, start + CHUNK)
         pairs = true[part].astype(np.int64) * classes + predicted[part]
-        joint += np.bincount(pairs, minlength=classes**2)
-    joint = joint.reshape(classes, classes)
+        counts += np.bincount(pairs, minlength=classes**2)
+    joint = counts.reshape(classes, classes)
     return np.stack([joint.diagonal(), joint.sum(axis=0), joint.sum(axis=1)], axis=1)
 
 

@@ -109,7 +109,10 @@ def class_table(summary: dict[str, Any], tolerance: float) -> str:
         counts = [str(count) for count in about["outcomes"][label].values()]
         shown = _shown(summary["mean"][label])
         rows.append((name, *shown, _number(about["pooled"][label]["Dice"]), *counts))
-    return _aligned(rows)
+    policy = ""
+    if any(counts["missed"] or counts["invented"] for counts in about["outcomes"].values()):
+        policy = "\nmissed or invented: Dice, IoU and NSD 0, the volume's diagonal as distance"
+    return _aligned(rows) + policy
 
 
 def worst_table(cases: Sequence[CaseScores], names: Names) -> str:
@@ -117,17 +120,18 @@ def worst_table(cases: Sequence[CaseScores], names: Names) -> str:
     rows = []
     for case in cases:
         scores = {value: case.of(value) for value in names}
-        row = [entries(one) for one in scores.values()]
-        means = {name: mean(one[name] for one in row) for name in SCORES}
+        each = [entries(one) for one in scores.values()]
+        means = {name: mean(one[name] for one in each) for name in SCORES}
         remarks = [
             f"{names[value]} {one.outcome}"
             for value, one in scores.items()
             if one.outcome in ("missed", "invented")
         ]
-        if means["Dice"] is not None:
-            rows.append((means, case.pair.case, ", ".join(remarks)))
-    rows.sort(key=lambda row: (row[0]["Dice"], -row[0]["HD95"]))
-    shown = [(case, *_shown(means), remarks) for means, case, remarks in rows[:WORST]]
+        dice, distance = means["Dice"], means["HD95"]
+        if dice is not None and distance is not None:
+            row = (case.pair.case, *_shown(means), ", ".join(remarks))
+            rows.append((dice, -distance, row))
+    shown = [row for _, _, row in sorted(rows)[:WORST]]
     return _aligned([("", "Dice", "IoU", "HD95 mm", "NSD", "ASSD mm", ""), *shown])
 
 

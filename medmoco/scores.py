@@ -99,8 +99,9 @@ def score_labels(
     scores = {}
     for value, box in _boxes(prediction, truth).items():
         ours, theirs = prediction[box] == value, truth[box] == value
-        surface = _surface_scores(ours, theirs, axes, tolerance, worst)
-        scores[value] = ClassScores(*counts[value].tolist(), size, *surface)
+        n_both, n_pred, n_ref = counts[value].tolist()
+        hd95, nsd, assd = _surface_scores(ours, theirs, axes, tolerance, worst)
+        scores[value] = ClassScores(n_both, n_pred, n_ref, size, hd95, nsd, assd)
     return scores
 
 

@@ -107,4 +107,5 @@ def diagonal(shape: tuple[int, ...], axes: np.ndarray) -> float:
 def _nearest(points: np.ndarray, others: np.ndarray) -> np.ndarray:
     # One query a tree: balancing it would cost more than it saves.
     tree = KDTree(others, leafsize=32, balanced_tree=False, compact_nodes=False)
-    return tree.query(points)[0]
+    distances, _ = tree.query(points)
+    return np.asarray(distances)

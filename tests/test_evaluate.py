@@ -203,6 +203,7 @@ def test_worst_cases_come_first_and_the_next_command_last(folders, capsys):
     dice = [float(line.split()[1]) for line in worst]
     assert dice == sorted(dice) and worst[-1].startswith("case_2")
     assert any(line.endswith("label 2 missed") for line in worst)
+    assert "missed or invented: Dice, IoU and NSD 0, the volume's diagonal as distance" in out
     assert out.splitlines()[-1].startswith("next:     column ")
 
 
