@@ -122,17 +122,21 @@ def worst_table(cases: Sequence[CaseScores], names: Names) -> str:
         scores = {value: case.of(value) for value in names}
         each = [entries(one) for one in scores.values()]
         means = {name: mean(one[name] for one in each) for name in SCORES}
-        remarks = [
+        odd = [
             f"{names[value]} {one.outcome}"
             for value, one in scores.items()
             if one.outcome in ("missed", "invented")
         ]
         dice, distance = means["Dice"], means["HD95"]
         if dice is not None and distance is not None:
-            row = (case.pair.case, *_shown(means), ", ".join(remarks))
-            rows.append((dice, -distance, row))
-    shown = [row for _, _, row in sorted(rows)[:WORST]]
-    return _aligned([("", "Dice", "IoU", "HD95 mm", "NSD", "ASSD mm", ""), *shown])
+            rows.append((dice, -distance, (case.pair.case, *_shown(means)), ", ".join(odd)))
+    rows = sorted(rows)[:WORST]
+    header = ("", "Dice", "IoU", "HD95 mm", "NSD", "ASSD mm")
+    lines = _aligned([header, *(row for _, _, row, _ in rows)]).splitlines()
+    remarks = ["", *(remark for *_, remark in rows)]
+    return "\n".join(
+        f"{line}  {remark}".rstrip() for line, remark in zip(lines, remarks, strict=True)
+    )
 
 
 def _shown(scores: dict[str, float | None]) -> list[str]:

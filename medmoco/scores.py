@@ -85,11 +85,8 @@ def score_labels(
     size, worst = truth.size, diagonal(truth.shape, axes)
     # In a volume of one slice every voxel lacks neighbours: its surfaces are contours in the plane.
     flat = tuple(axis for axis, length in enumerate(truth.shape) if length == 1)[:2]
-    prediction, truth, axes = (
-        prediction.squeeze(flat),
-        truth.squeeze(flat),
-        np.delete(axes, flat, 1),
-    )
+    prediction, truth = prediction.squeeze(flat), truth.squeeze(flat)
+    axes = np.delete(axes, flat, axis=1)
     foreground = (prediction > 0) | (truth > 0)
     if not foreground.any():
         return {}
@@ -191,7 +188,8 @@ def score_pairs(
         UserError: names all bad files together, each with its reason.
     """
     score = partial(score_pair, values=values, tolerance=tolerance, resample=resample)
-    # Threads: numpy, scipy's trees and zlib let go of the interpreter while they work.
+    # Threads, not processes: numpy, scipy's trees and zlib let go of the interpreter while they
+    # work, and a process would first import torch, which takes longer than many a set of cases.
     with ThreadPoolExecutor(workers) as pool:
         bar = tqdm(pool.map(score, pairs), "evaluate", len(pairs), unit="case", disable=None)
         results = list(bar)
