@@ -84,25 +84,37 @@ def to_classes(path: Path, label: Volume, image: Grid, values: Sequence[int]) ->
     Raises:
         VolumeError: another shape or affine than the image's, or values that name no class.
     """
-    if label.grid.shape != image.shape:
-        raise VolumeError(
-            path, f"expected the shape of its image, {image.shape}, got {label.voxels.shape}"
-        )
-    apart = displacement(label.affine, image)
-    if apart > MAX_DISPLACEMENT * image.spacing.min():
-        raise VolumeError(
-            path,
-            f"expected the affine of its image, {_rows(image.affine)}, got {_rows(label.affine)}: "
-            f"voxels lie up to {apart:.3g} mm apart",
-        )
-    found = np.unique(label.voxels)
+    require_grid(path, label.grid, image, "its image")
+    require_values(path, np.unique(label.voxels), values)
+    table = np.zeros(max(values) + 1, np.uint8)
+    table[list(values)] = np.arange(len(values))
+    return table[label.voxels]
+
+
+def require_grid(path: Path, found: Grid, expected: Grid, of: str) -> None:
+    """Checks that a volume lies where it should, voxel by voxel.
+
+    Raises:
+        VolumeError: shows both grids and says `of` whom: the shapes differ, or where voxels lie.
+    """
+    same_shape = found.shape == expected.shape
+    apart = displacement(found.affine, expected) if same_shape else 0.0
+    if same_shape and apart <= MAX_DISPLACEMENT * expected.spacing.min():
+        return
+    reason = f"expected the grid of {of}, {_described(expected)}, got {_described(found)}"
+    raise VolumeError(path, reason + (f": voxels lie up to {apart:.3g} mm apart" * same_shape))
+
+
+def require_values(path: Path, found: np.ndarray, values: Sequence[int]) -> None:
+    """Checks the label values that a file holds against those that name a class.
+
+    Raises:
+        VolumeError: names a few of those that do not.
+    """
     unknown = np.setdiff1d(found, values)
     if len(unknown):
         listed = ", ".join(map(str, unknown[:10])) + (", ..." if len(unknown) > 10 else "")
         raise VolumeError(path, f"expected label values {list(values)}, got also {listed}")
-    table = np.zeros(max(values) + 1, np.uint8)
-    table[list(values)] = np.arange(len(values))
-    return table[label.voxels]
 
 
 def displacement(affine: np.ndarray, grid: Grid) -> float:
@@ -112,5 +124,6 @@ def displacement(affine: np.ndarray, grid: Grid) -> float:
     return float(np.linalg.norm(((affine - grid.affine) @ corners)[:3], axis=0).max())
 
 
-def _rows(affine: np.ndarray) -> str:
-    return np.array2string(affine[:3].round(4), separator=", ").replace("\n", "")
+def _described(grid: Grid) -> str:
+    rows = np.array2string(grid.affine[:3].round(4), separator=", ").replace("\n", "")
+    return f"shape {grid.shape} and affine {rows}"
