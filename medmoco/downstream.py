@@ -38,6 +38,7 @@ CALIBRATION_SLICES = 512
 # Flags that change neither the data nor the training.
 WITHOUT_EFFECT = frozenset(
     {"output", "mode", "controls", "encoder", "cache", "device", "workers", "resume", "overwrite"}
+    | {"tensorboard"}
 )
 
 
@@ -100,10 +101,10 @@ class Segmentation:
             return finished
         started = time.monotonic()
         train = {"linear": self._train_linear, "finetune": self._train_unet}[stage]
-        metrics = MetricsLog(output / "metrics.jsonl")
+        metrics = MetricsLog(output / "metrics.jsonl", self.config.tensorboard)
         metrics.forget_training(stage, initialisation)  # of an attempt that was cut short
         log = functools.partial(self._log, metrics, stage, initialisation)
-        with torch.random.fork_rng(devices=[]):
+        with metrics, torch.random.fork_rng(devices=[]):
             torch.manual_seed(self.config.seed)
             copied = copy.deepcopy(encoder) if encoder else self._new_encoder()
             model, about = train(copied.to(self.device), encoder is not None, log)

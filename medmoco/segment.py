@@ -72,11 +72,12 @@ class SegmentConfig:
         None, "autocast on CUDA; default bfloat16", choices=("bfloat16", "float32")
     )
     seed: int = option(0, "of split, weights, order and augmentation", least=0, most=MAX_SEED)
+    tensorboard: bool = option(False, "also write event files for TensorBoard, in tensorboard/")
     resume: bool = option(False, "repeat only what the run in --output has not finished")
     overwrite: bool = option(False, "delete the run in --output first")
 
     RESUME_MAY_CHANGE: ClassVar[frozenset[str]] = frozenset(
-        {"device", "workers", "cache", "overwrite"}
+        {"device", "workers", "cache", "overwrite", "tensorboard"}
     )
     OTHER_MEANING_IN: ClassVar[frozenset[str]] = frozenset({"pretrain", "train"})
 
