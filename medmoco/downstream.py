@@ -19,7 +19,7 @@ from medmoco.data.slices import PixelGrid, SliceDataset
 from medmoco.data.splits import Split
 from medmoco.data.store import SliceCache
 from medmoco.errors import UserError
-from medmoco.evaluation import OVERLAYS_NAME, evaluate, write_pictures
+from medmoco.evaluation import evaluate
 from medmoco.finetune import finetune
 from medmoco.labelled import foreground_slices
 from medmoco.launch import choose_device, choose_workers
@@ -80,7 +80,7 @@ class Segmentation:
         """Trains and tests one model, or reads the result that `output` holds of the same inputs.
 
         Writes predictions/<stage>-<initialisation>/ (a label map of each test case, result.json),
-        adds to predictions/overlays.npz and metrics.jsonl.
+        adds to metrics.jsonl.
 
         Args:
             stage: "linear", a linear decoder on a frozen encoder, or "finetune", a U-Net.
@@ -108,7 +108,7 @@ class Segmentation:
             torch.manual_seed(self.config.seed)
             copied = copy.deepcopy(encoder) if encoder else self._new_encoder()
             model, about = train(copied.to(self.device), encoder is not None, log)
-        result, pictures = evaluate(
+        result = evaluate(
             model,
             self.cache,
             self.split.test,
@@ -119,7 +119,6 @@ class Segmentation:
             amp_dtype=self.amp_dtype,
         )
         result |= about | {"seconds": round(time.monotonic() - started, 2)}
-        write_pictures(output / "predictions" / OVERLAYS_NAME, name, pictures)
         write_json(folder / "result.json", {"identity": identity, "result": result})
         return result
 

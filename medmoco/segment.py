@@ -18,6 +18,7 @@ from medmoco.labelled import image_grid, open_labelled, pretraining_overlap
 from medmoco.launch import choose_output, create_run
 from medmoco.models.encoder import Encoder, load_encoder
 from medmoco.output import write_json
+from medmoco.report.cases import write_cases
 from medmoco.signals import stopping_at_once
 
 CONTROLS = {"linear": "random", "finetune": "scratch"}
@@ -127,7 +128,7 @@ def with_encoder(config: SegmentConfig) -> tuple[SegmentConfig, Encoder | None, 
 
 
 def run_stages(segmentation: Segmentation, encoder: Encoder | None, output: Path) -> dict[str, Any]:
-    """Runs what --mode and --controls ask for.
+    """Runs what --mode and --controls ask for, and keeps what the report shows of the test cases.
 
     Returns:
         The entries "linear", "finetune" (null without an encoder) and "controls" of summary.json.
@@ -143,6 +144,7 @@ def run_stages(segmentation: Segmentation, encoder: Encoder | None, output: Path
             if encoder is None or config.controls:
                 result = segmentation.run(stage, control, None, output)
                 results["controls"][f"{stage}_{control}"] = result
+        write_cases(output, segmentation.cache, results)
     return results
 
 
