@@ -113,7 +113,7 @@ def test_pictures_have_words_and_tables_have_captions_and_headings(full_page):
 def test_dark_and_light_versions_of_each_plot_are_there(full_page):
     structure = Structure(full_page)
     plots = [a for a in structure.all("img") if "src" in a]
-    assert len(structure.all("source")) == len(plots) == 6
+    assert len(structure.all("source")) == len(plots) == 7
     for image in plots:
         drawing = base64.b64decode(image["src"].removeprefix("data:image/svg+xml;base64,"))
         assert b"<svg" in drawing and b"nan" not in drawing.lower().replace(b"nance", b"")
@@ -283,6 +283,12 @@ def alt_of(page: str, title: str) -> str:
 def test_chance_stands_beside_the_loss_that_it_is_the_chance_of(tmp_path, blank_plots):
     alt = alt_of(report(make_run(tmp_path / "a")), "Pretraining loss")
     assert "a: from 2 to 2." in alt, "the global term, not the sum with the local one"
+
+
+def test_fine_tuning_has_its_curve(tmp_path, blank_plots):
+    page = report(make_run(tmp_path / "a"), make_run(tmp_path / "b"))
+    alt = alt_of(page, "Fine-tuning loss")
+    assert "a, fine-tuned: from 1 to 1; b, fine-tuned: from 1 to 1." in alt
 
 
 def test_spectrum_ends_where_the_samples_do(tmp_path, blank_plots):

@@ -68,7 +68,7 @@ def _introduction(runs: Sequence[Run]) -> Markup:
     return element(
         "p",
         f"Chosen by mean Dice: {'; '.join(names)}. The left and right arrow keys move the slider. "
-        "Pictures are compressed, masks are exact; Dice is that of the whole volume.",
+        "Pictures are compressed, masks are not; Dice is that of the whole volume.",
         class_="soft",
     )
 
