@@ -213,6 +213,19 @@ def test_seeds_of_one_configuration_are_summed_up_as_mean_and_deviation(tmp_path
     ) in visible(report(*folders))
 
 
+def test_classes_have_intervals_over_volumes_and_over_seeds(tmp_path, blank_plots):
+    folders = [make_run(tmp_path / f"s{seed}", seed=seed) for seed in (0, 1)]
+    for folder, liver in zip(folders, (0.5, 0.54), strict=True):
+        scores = {"a": {"liver": liver - 0.01}, "b": {"liver": liver + 0.01}}
+        result = {"dice_mean": liver, "dice_per_class": {"liver": liver}, "dice_per_volume": scores}
+        edit(folder / "summary.json", linear=result, finetune=None, controls={})
+    words = visible(report(*folders))
+    # t of 0.975 with 1 degree of freedom, 12.706, times half the distance of two values
+    assert "liver 0.500 0.373\N{EN DASH}0.627 0.540 0.413\N{EN DASH}0.667" in words
+    over = words[words.index("medmoco: mean over 2 seeds") :]
+    assert "liver 0.520 0.266\N{EN DASH}0.774 mean 0.520" in over
+
+
 def test_runs_of_different_methods_are_not_averaged(tmp_path, blank_plots):
     folders = [make_run(tmp_path / m, method=m, seed=i) for i, m in enumerate(("mocov2", "paper"))]
     page = visible(report(*folders))

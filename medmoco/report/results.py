@@ -32,10 +32,8 @@ from medmoco.report.run_folder import MODEL_FOLDERS, Result, Run, finite, part_o
 
 MAX_PAIRED = 4  # classes that fit into half the width of the page
 OVER_VOLUMES = (
-    "with the 95 % interval of Student's t: it takes the volumes for a sample of patients"
-)
-OVER_SEEDS = (
-    "with the 95 % interval of Student's t over the seeds: what another training would give"
+    "In small print, 95 % intervals of the means by Student's t, with the test volumes as a sample "
+    "of patients: what another training would change they do not tell."
 )
 SHOWN_VOLUMES = 10  # worst ones, before the rest is folded away
 
@@ -107,7 +105,8 @@ def classes_section(runs: Sequence[Run]) -> Markup:
     ]
     rows.append(["mean", *(_with_interval(r.mean, of_mean(r)) for _, _, r in columns)])
     parts = [
-        table(f"Mean over the test volumes, {OVER_VOLUMES}", heads, rows, marked=[len(rows) - 1])
+        table("Mean over the test volumes", heads, rows, marked=[len(rows) - 1]),
+        element("p", OVER_VOLUMES, class_="soft"),
     ]
     parts += [_seeds_table(group, classes) for group in seed_groups(runs)]
     plots = [(run, plot) for run in runs if (plot := dice_plot(run)) is not None]
@@ -129,7 +128,7 @@ def _seeds_table(group: Sequence[Run], classes: Sequence[str]) -> Markup:
         [c, *(_over([r.per_class.get(c) for r in of_name]) for of_name in results)] for c in classes
     ]
     rows.append(["mean", *(_over([r.mean for r in of_name]) for of_name in results)])
-    caption = f"{group[0].method}: mean over {len(group)} seeds, {OVER_SEEDS}"
+    caption = f"{group[0].method}: mean over {len(group)} seeds, with intervals over them"
     return table(caption, ["Class", *names], rows, marked=[len(rows) - 1])
 
 

@@ -52,6 +52,7 @@ tbody th { font-weight: 500; overflow-wrap: break-word; min-width: 6rem; }
 .numbers thead th[colspan] { text-align: center; }
 .main thead tr + tr th:first-child { text-align: right; padding-left: .8rem; }
 .words tbody th, .words td { overflow-wrap: anywhere; min-width: 9rem; max-width: 34rem; }
+.words tbody th { min-width: 10.5rem; }
 .main { width: 100%; font-size: 1rem; }
 .main td { font-size: 1.06rem; }
 th small, td small {
