@@ -19,7 +19,7 @@ from medmoco.data.slices import PixelGrid, SliceDataset
 from medmoco.data.splits import Split
 from medmoco.data.store import SliceCache
 from medmoco.errors import UserError
-from medmoco.evaluation import OVERLAYS_NAME, evaluate, write_pictures
+from medmoco.evaluation import evaluate
 from medmoco.finetune import finetune, start_from_frequencies
 from medmoco.labelled import class_pixels
 from medmoco.launch import choose_device, choose_workers
@@ -42,13 +42,9 @@ CALIBRATION_SLICES = 512
 # Flags that change neither the data nor the training.
 WITHOUT_EFFECT = frozenset(
     {"output", "mode", "controls", "encoder", "cache", "device", "workers", "resume", "overwrite"}
-    | {
-        "split",
-        "folds",
-        "fold",
-        "label_fraction",
-        "test_fraction",
-    }  # what they gave is in the split
+    | {"tensorboard"}
+    # What they gave is in the split.
+    | {"split", "folds", "fold", "label_fraction", "test_fraction"}
 )
 
 
@@ -94,8 +90,7 @@ class Segmentation:
         """Trains and tests one model, or reads the result that `output` holds of the same inputs.
 
         Writes segmenters/<stage>-<initialisation>.pt and predictions/<stage>-<initialisation>/ (a
-        label map of each test case, result.json), adds to predictions/overlays.npz and
-        metrics.jsonl.
+        label map of each test case, result.json), adds to metrics.jsonl.
 
         Args:
             stage: "linear", a linear decoder on a frozen encoder, or "finetune", of --decoder.
@@ -117,19 +112,19 @@ class Segmentation:
             return finished
         started = time.monotonic()
         train = {"linear": self._train_linear, "finetune": self._train_whole}[stage]
-        metrics = MetricsLog(output / "metrics.jsonl")
+        metrics = MetricsLog(output / "metrics.jsonl", self.config.tensorboard)
         metrics.forget_training(stage, initialisation)  # of an attempt that was cut short
         progress = ProgressPlot(output, initialisation)
         about_model = {"stage": stage, "encoder": initialisation}
         log = functools.partial(self._log, metrics, progress, about_model)
-        with torch.random.fork_rng(devices=[]):
+        with metrics, torch.random.fork_rng(devices=[]):
             torch.manual_seed(self.config.seed)
             copied = copy.deepcopy(encoder) if encoder else self._new_encoder()
             model, about = train(copied.to(self.device), encoder is not None, log)
         progress.draw()
         (folder / "result.json").unlink(missing_ok=True)  # of a model that is now replaced
         self._save(weights, model, "linear" if stage == "linear" else self.config.decoder)
-        result, pictures = evaluate(
+        result = evaluate(
             model,
             self.cache,
             self.split.test,
@@ -140,7 +135,6 @@ class Segmentation:
             amp_dtype=self.amp_dtype,
         )
         result |= about | {"seconds": round(time.monotonic() - started, 2)}
-        write_pictures(output / "predictions" / OVERLAYS_NAME, name, pictures)
         write_json(folder / "result.json", {"identity": identity, "result": result})
         return result
 

@@ -142,11 +142,12 @@ class PretrainConfig:
         None, "autocast; default bfloat16 on CUDA", choices=("bfloat16", "float32")
     )
     seed: int = option(0, "of weights, order and views", least=0, most=MAX_SEED)
+    tensorboard: bool = option(False, "also write event files for TensorBoard, in tensorboard/")
     resume: bool = option(False, "go on with the run in --output")
     overwrite: bool = option(False, "delete the run in --output first")
 
     RESUME_MAY_CHANGE: ClassVar[frozenset[str]] = frozenset(
-        {"device", "workers", "cache", "overwrite"}
+        {"device", "workers", "cache", "overwrite", "tensorboard"}
     )
     OTHER_MEANING_IN: ClassVar[frozenset[str]] = frozenset({"segment"})
 

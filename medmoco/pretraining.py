@@ -86,7 +86,7 @@ class Pretraining:
         )
         self.total_steps = config.epochs * self.sampler.batches
         self.step = 0  # steps taken
-        self.metrics = MetricsLog(output / "metrics.jsonl")
+        self.metrics = MetricsLog(output / "metrics.jsonl", config.tensorboard)
         self.chance = math.log(config.queue_size + 1)  # the loss of guessing, in nats
         self.losses = [0.0, 0]  # global losses of the epoch so far: their sum and number
         self.diagnostics: dict[str, Any] = {}
@@ -107,7 +107,7 @@ class Pretraining:
         if self.config.resume:
             self.restore()
         print(self._introduction(), flush=True)
-        with StopRequest() as stop, self._progress_bar() as bar:
+        with self.metrics, StopRequest() as stop, self._progress_bar() as bar:
             if not self.diagnostics:
                 bar.set_postfix_str(f"filling the queue with {self.config.queue_size:,} keys")
                 self._start(stop)

@@ -33,6 +33,7 @@ from medmoco.models.encoder import Encoder
 from medmoco.models.weights import read_weights, with_architecture
 from medmoco.models.whitening import keep_whitening
 from medmoco.output import CONFIG_NAME, write_json
+from medmoco.report.cases import write_cases
 from medmoco.signals import stopping_at_once
 
 CONTROLS = {"linear": "random", "finetune": "scratch"}
@@ -120,11 +121,12 @@ class SegmentConfig:
         None, "autocast on CUDA; default bfloat16", choices=("bfloat16", "float32")
     )
     seed: int = option(0, "of split, weights, order and augmentation", least=0, most=MAX_SEED)
+    tensorboard: bool = option(False, "also write event files for TensorBoard, in tensorboard/")
     resume: bool = option(False, "repeat only what the run in --output has not finished")
     overwrite: bool = option(False, "delete the run in --output first")
 
     RESUME_MAY_CHANGE: ClassVar[frozenset[str]] = frozenset(
-        {"device", "workers", "cache", "overwrite", "fold"}
+        {"device", "workers", "cache", "overwrite", "fold", "tensorboard"}
     )
     OTHER_MEANING_IN: ClassVar[frozenset[str]] = frozenset({"pretrain", "train"})
 
@@ -198,7 +200,7 @@ def with_encoder(config: SegmentConfig) -> tuple[SegmentConfig, Encoder | None, 
 
 
 def run_stages(segmentation: Segmentation, encoder: Encoder | None, output: Path) -> dict[str, Any]:
-    """Runs what --mode and --controls ask for.
+    """Runs what --mode and --controls ask for, and keeps what the report shows of the test cases.
 
     Returns:
         The entries "linear", "finetune" (null without an encoder) and "controls" of summary.json.
@@ -214,6 +216,7 @@ def run_stages(segmentation: Segmentation, encoder: Encoder | None, output: Path
             if encoder is None or config.controls:
                 result = segmentation.run(stage, control, None, output)
                 results["controls"][f"{stage}_{control}"] = result
+        write_cases(output, segmentation.cache, results)
     return results
 
 

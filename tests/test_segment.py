@@ -13,6 +13,8 @@ from medmoco.data.slices import PixelGrid
 from medmoco.downstream import Segmentation
 from medmoco.models.encoder import Encoder, save_encoder
 from medmoco.models.segmenter import load_segmenter
+from medmoco.report.cases import choose_cases, read_cases, read_prediction
+from medmoco.report.run_folder import MODEL_FOLDERS
 from medmoco.segment import SegmentConfig, main, prepare, with_encoder
 
 SMALL = ["--width", "0.125", "--device", "cpu", "--seed", "1"]
@@ -88,20 +90,18 @@ def test_label_maps_lie_on_the_grid_of_their_images_and_hold_the_values_of_the_l
         assert set(np.unique(np.asarray(predicted.dataobj))) <= set(range(len(labels)))
 
 
-def test_overlays_show_every_model_without_pickles(finished):
-    with np.load(finished / "predictions/overlays.npz", allow_pickle=False) as overlays:
-        stages = set(overlays["stage"])
-        assert overlays["image"].shape == overlays["truth"].shape == overlays["prediction"].shape
-        assert overlays["truth"].any(axis=(1, 2)).all()
-        assert {overlays[name].dtype for name in ("image", "truth", "prediction")} == {
-            np.dtype(np.uint8)
-        }
-    assert stages == {
-        "linear-pretrained",
-        "linear-random",
-        "finetune-pretrained",
-        "finetune-scratch",
-    }
+def test_test_cases_are_kept_for_the_report(finished, tiny_task):
+    shown = read_cases(finished)
+    scores = json.loads((finished / "summary.json").read_text())["finetune"]["dice_per_volume"]
+    assert [case.case for case in shown] == choose_cases(scores) and len(shown) == 2
+    for case in shown:
+        label = nibabel.load(tiny_task / f"labelsTr/{case.case}.nii.gz")
+        voxels = nibabel.as_closest_canonical(label).dataobj
+        expected = np.moveaxis(np.asarray(voxels)[::-1, ::-1], case.axis, 0).swapaxes(1, 2)
+        assert case.axis == 2 and (case.truth == expected).all() and case.truth.any()
+        for folder in MODEL_FOLDERS.values():
+            path = finished / "predictions" / folder / f"{case.case}.nii.gz"
+            assert read_prediction(path, case).shape == case.truth.shape
 
 
 def test_metrics_show_the_loss_going_down(finished):
