@@ -159,12 +159,14 @@ def failure(runs: Sequence[Row], floor: float | None) -> str:
 
 
 def effect_table(dice: Sequence[Row], failed: Sequence[str] = ()) -> str:
-    """The effects in points of Dice, on the linear decoder and on U-Nets; p corrected over all.
+    """The effects in points of Dice, on the linear decoder and on U-Nets.
+
+    p of each line alone, and corrected over all lines.
 
     Args:
         failed: variants over which no claim is made; effects that rest on them say so.
     """
-    header = ["effect", "on", "points", "95 % interval", "p (Holm)", "single seeds"]
+    header = ["effect", "on", "points", "95 % interval", "p", "p (Holm)", "single seeds"]
     stages: list[tuple[str, str, int | None]] = [("linear decoder", "linear", None)]
     counts = sorted({int(row["labels"]) for row in dice if row["stage"] == "finetune"})
     stages += [(_unet(count), "finetune", count) for count in counts]
@@ -173,11 +175,12 @@ def effect_table(dice: Sequence[Row], failed: Sequence[str] = ()) -> str:
     lines = []
     for title, one in found:
         interval = NOTHING if one.low is None else f"{one.low:+.1f} to {one.high:+.1f}"
-        p = f"fewer than {LEAST_SEEDS} seeds" if one.p is None else _p_value(next(corrected))
+        p = NOTHING if one.p is None else _p_value(one.p)
+        holms = f"fewer than {LEAST_SEEDS} seeds" if one.p is None else _p_value(next(corrected))
         seeds = f"{one.lowest:+.1f} to {one.highest:+.1f}"
         resting = [variant for variant in EFFECTS[one.name] if variant in failed]
         name = f"{one.name} (failed: {', '.join(resting)})" if resting else one.name
-        lines.append([name, title, f"{one.points:+.1f}", interval, p, seeds])
+        lines.append([name, title, f"{one.points:+.1f}", interval, p, holms, seeds])
     return markdown(header, lines)
 
 

@@ -43,8 +43,8 @@ VARIANTS: dict[str, dict[str, Any]] = {
         "temperature": 0.2,
         "crop_min": 0.2,
     },
-    # The cpu scale's rate, 0.24, is the best one found for mocov2; here half of it, and what the
-    # package takes by default at that batch.
+    # The cpu scale's rate, 0.24, is the best one found for mocov2; here half of it, and MoCo's own
+    # at that batch.
     "mocov2-lr-0.12": {"method": "mocov2", "lr": 0.12},
     "mocov2-lr-0.015": {"method": "mocov2", "lr": 0.015},
     "medmoco-lr-0.015": {"method": "medmoco", "lr": 0.015},
@@ -84,8 +84,8 @@ class Scale:
 
 
 SCALES = {
-    # With 3 and 30 labels alone a run took 5 to 8 minutes on one core of two; four more U-Nets take
-    # some 3 more. The learning rate is that of the search for mocov2.
+    # Two runs side by side took 8 minutes on two cores. The learning rate is that of the search
+    # for mocov2.
     "cpu": Scale(
         {"arch": "resnet18", "width": 0.25, "image_size": 64, "output_stride": 8, "epochs": 5}
         | {"batch_size": 128, "slice_axis": 1, "lr": 0.24},

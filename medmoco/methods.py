@@ -141,7 +141,8 @@ def apply_data_defaults(config: Config, slices: int) -> Config:
         "output_stride": default_output_stride(config.image_size),
         "queue_size": min(65536, max(1, slices // 4)),
         "momentum": 0.99 if config.epochs * (slices // batch) < 20_000 else 0.999,
-        "lr": 0.03 * batch / 256,
+        # Ten times MoCo's, which a million steps suit; see benchmarks/results/ablation.
+        "lr": 0.3 * batch / 256,
         "device": str(device),
         "amp_dtype": "float32" if device.type == "cpu" else "bfloat16",
         "workers": choose_workers(config.workers, device),

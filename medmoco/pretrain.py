@@ -51,7 +51,7 @@ class PretrainConfig:
     )
     epochs: int = option(None, f"passes over the slices; default {COMMON['epochs']}", least=1)
     batch_size: int = option(None, "slices a step; default up to 256, by their number", least=2)
-    lr: float = option(None, "learning rate; default 0.03 * batch size / 256", above=0)
+    lr: float = option(None, "learning rate; default 0.3 * batch size / 256", above=0)
     weight_decay: float = option(None, f"of SGD; default {COMMON['weight_decay']}", least=0)
     clip_norm: float = option(
         None,

@@ -121,7 +121,7 @@ def test_queue_ends_with_the_keys_of_the_slices_seen_last(unbroken):
 def test_learning_rate_falls_along_a_cosine(unbroken):
     rates = [record["lr"] for record in records(unbroken)]
     falling = [(1 + math.cos(math.pi * step / len(rates))) / 2 for step in range(len(rates))]
-    expected = [0.03 * 8 / 256 * share for share in falling]
+    expected = [0.3 * 8 / 256 * share for share in falling]
     assert rates == pytest.approx(expected)
 
 
