@@ -75,7 +75,9 @@ class Segmentation:
         self.patients = [cache.volumes[v].patient for v in cache.slice_volume[slices]]
         self.pixels = class_pixels(cache, slices, grid)
         self.trained, self.validated = hold_out(
-            self.patients, config.validation_fraction, config.seed
+            self.patients,
+            0.0 if config.mode == "linear" else config.validation_fraction,
+            config.seed,
         )
         for purpose, items in (("train", self.trained), ("validate", self.validated)):
             if items and not self.pixels[items, 1:].any():

@@ -137,7 +137,10 @@ def finetune(
                 print(f"finetune: no better validation since epoch {best.epoch}: stopped")
                 break
     model.eval()
-    about: dict[str, Any] = {"missed": [c for c, found in enumerate(dice, start=1) if found == 0]}
+    shown_classes = shown.any(dim=0).tolist()
+    about: dict[str, Any] = {
+        "missed": [c for c, found in enumerate(dice, start=1) if found == 0 and shown_classes[c]]
+    }
     if validation is not None:
         best.restore(model)
         about |= {"best_epoch": best.epoch, "epochs": epoch, "validation_dice": best.dice}

@@ -9,6 +9,7 @@ from matplotlib.axes import Axes
 from matplotlib.ticker import MaxNLocator
 
 from medmoco.output import write_bytes_atomic
+from medmoco.report.plots import short
 from medmoco.report.rendering import LIGHT, Plot, Theme, render
 
 PROGRESS_NAME = "progress.png"
@@ -86,7 +87,7 @@ def _dice_plot(model: str, rows: list[Record]) -> Plot:
                 batches = [row.get("dice", {}).get(name) for row in rows]
                 axes.plot(epochs, _numbers(batches), color=style["color"], lw=0.7, ls=":")
             shown = [row.get(main, {}).get(name) for row in rows]
-            label = name if i < MAX_CLASSES else f"_{name}"  # _: not in the legend
+            label = short(name) if i < MAX_CLASSES else "_"  # _: not in the legend
             axes.plot(epochs, _numbers(shown), label=label, **style)
         axes.set(xlabel="epoch", ylim=(0, 1))
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))

@@ -291,11 +291,18 @@ def run_folds(config: SegmentConfig, encoder: Encoder | None, metadata: dict[str
     check_flags(config)
     output = config.output
     assert output is not None
+    if config.resume and (output / "split.json").is_file():
+        raise UserError(f"--fold: {output} is a run of one split; choose another --output")
     task = read_cases(config)
     splits = split_folds(task, config.split, config.folds, config.seed)
     chosen = choose_folds(config.fold, len(splits))
     labelled = [label_share(task, s, config.label_fraction, config.seed) for s in splits]
     cache = open_slices(config, task, metadata)
+    if cache.bad and config.split is None:  # folds of those that can be read
+        good = {volume.case for volume in cache.volumes}
+        task = dataclasses.replace(task, cases=tuple(c for c in task.cases if c.name in good))
+        splits = split_folds(task, None, config.folds, config.seed)
+        labelled = [label_share(task, s, config.label_fraction, config.seed) for s in splits]
     grid = usable_grid(config, cache, metadata)
     segmentations: dict[Path, Segmentation] = {}
     for number in chosen:

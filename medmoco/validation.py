@@ -109,7 +109,8 @@ class BestWeights:
 
     def add(self, epoch: int, dice: float | None, model: nn.Module) -> bool:
         """Takes the result of an epoch; tells whether the training is to stop."""
-        if dice is not None and (self.dice is None or dice > self.dice):
+        # While nothing is found yet, at a Dice of 0, every epoch is better than those before.
+        if dice is not None and (not self.dice or dice > self.dice):
             self.epoch, self.dice = epoch, dice
             self._weights = copy.deepcopy(model.state_dict())
         return self.patience is not None and epoch - self.epoch >= self.patience

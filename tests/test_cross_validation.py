@@ -1,6 +1,7 @@
 """`medmoco segment --folds`: a run for each fold, and one summary over all."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -130,6 +131,26 @@ def test_a_fold_is_repeated_by_its_own_configuration(folds, tmp_path, capsys):
         for run in (tmp_path / "again", output / "fold_0")
     )
     assert again == before
+
+
+def test_run_of_one_split_takes_no_fold(folds, capsys):
+    output, _ = folds
+    before = summary_of(output / "fold_0")
+    assert run_command(main, ["--output", str(output / "fold_0"), "--resume", "--fold", "0"]) == 2
+    assert "is a run of one split; choose another --output" in capsys.readouterr().err
+    assert summary_of(output / "fold_0") == before
+
+
+def test_folds_are_drawn_from_the_cases_that_can_be_read(tiny_task, tmp_path):
+    task = shutil.copytree(tiny_task, tmp_path / "task")
+    broken = sorted((task / "imagesTr").iterdir())[0]
+    broken.write_bytes(broken.read_bytes()[:500])
+    flags = ("--folds", "9", "--fold", "3", "--skip-bad")
+    assert segment(task, tmp_path / "run", *QUICK, *flags) == 0
+    listed = json.loads((tmp_path / "run/splits_final.json").read_text())
+    tested = [case for fold in listed for case in fold["val"]]
+    assert len(listed) == len(tested) == 9
+    assert broken.name.removesuffix(".nii.gz") not in tested
 
 
 @pytest.mark.parametrize(

@@ -93,12 +93,15 @@ def test_list_of_another_length_is_named(tmp_path, content, message):
     [
         ({"train": ["p00s0"]}, 'fold 1: expected lists "train" and "val"'),
         (["p00s0"], 'fold 1: expected lists "train" and "val"'),
-        ({"train": ["x", "y"], "val": ["p01s0"]}, "fold 1: .* got 2 that it does not hold: x, y"),
+        (
+            {"train": ["x", "y"], "val": ["p01s0"]},
+            "fold 1: .* got 2 that it does not hold, .*: x, y",
+        ),
         (
             {"train": ["p00s0", "p01s0", "p02s0"], "val": ["p01s1", "p02s1"]},
             "fold 1: expected each patient in train or in test, got 2 in both: p01, p02",
         ),
-        ({"train": ["p00s0"], "val": []}, 'fold 1: expected at least one case under "test"'),
+        ({"train": ["p00s0"], "val": []}, 'fold 1: expected at least one case under "val"'),
     ],
 )
 def test_bad_fold_of_a_list_is_named(tmp_path, fold, message):

@@ -55,3 +55,9 @@ def test_validation_is_what_the_lines_show_where_there_is_one(tmp_path):
 def test_nothing_is_drawn_of_nothing(tmp_path):
     ProgressPlot(tmp_path, "scratch").draw()
     assert not any(tmp_path.iterdir())
+
+
+def test_names_of_classes_are_no_formulas(tmp_path):
+    plot = ProgressPlot(tmp_path, "scratch")
+    plot.add(record(1, dice={r"a $\foo$": 0.5, "$x$ y": 0.4, "_hidden": 0.3}))
+    assert (tmp_path / "progress.png").is_file()

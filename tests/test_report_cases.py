@@ -1,5 +1,6 @@
 """What a run keeps of its worst and best cases, and what the page makes of it."""
 
+import dataclasses
 import json
 import re
 from pathlib import Path
@@ -81,6 +82,10 @@ def test_what_is_kept_lies_where_the_volume_does(tmp_path, shape):
     path = folder / "predictions" / "linear-pretrained" / f"{NASTY_CASE}.nii.gz"
     same = read_prediction(path, first)  # the fixture's linear model never errs
     assert same.dtype == np.uint8 and (same == first.truth).all()
+    other = dataclasses.replace(first, shape=(1, 2, 3))
+    assert read_prediction(path, other, own=False) is None
+    with pytest.raises(UserError, match=r"expected a stack of \(1, 2, 3\) voxels"):
+        read_prediction(path, other)
     packed = viewer(report(folder))["cases"][0]
     height, width = first.truth.shape[1:]
     assert (packed["height"], packed["width"]) == (height, width)
@@ -127,8 +132,10 @@ def test_runs_side_by_side_show_each_others_cases_once(tmp_path):
     assert all(m is not None for case in data["cases"] for m in case["maps"])
     assert [len(case["maps"]) for case in data["cases"]] == [9] * 6
     write_shown_cases(other, summary_of(one), shape=(5, 24, 20))
-    with pytest.raises(UserError, match=r"expected a stack of \(9, 24, 20\) voxels, got \(5"):
-        report(one, other)
+    data = viewer(report(one, other))  # on another grid, a run shows its own cases alone
+    missing = {sum(m is None for m in case["maps"]) for case in data["cases"]}
+    assert missing and 0 not in missing
+    assert not any(all(m is None for m in case["maps"]) for case in data["cases"])
 
 
 def test_a_page_has_no_more_cases_than_it_has_room_for(tmp_path, monkeypatch):

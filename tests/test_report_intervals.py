@@ -58,3 +58,13 @@ def test_the_mean_over_classes_is_held_as_often_as_promised_where_classes_are_ab
         low, high = of_mean(result_of(scores))
         held += low <= 2.0 / 3 <= high
     assert 0.92 < held / 400 < 0.98
+
+
+def test_volumes_without_any_class_say_nothing_of_the_mean():
+    scores = np.random.default_rng(1).uniform(0.4, 0.9, (5, 1))
+    padded = np.vstack([scores, np.full((20, 1), np.nan)])
+    assert of_mean(result_of(padded)) == pytest.approx(of_mean(result_of(scores)))
+
+
+def test_a_class_of_a_single_volume_leaves_the_mean_without_an_interval():
+    assert of_mean(result_of(np.array([[0.5, 0.6], [0.7, np.nan], [0.6, np.nan]]))) is None

@@ -104,7 +104,7 @@ def test_first_fold_of_nnunet_is_taken(tmp_path):
         ('{"train": [], "test": ["p00s0"]}', 'expected at least one case under "train", got none'),
         (
             '{"train": ["x"], "test": ["p00s0"]}',
-            "cases of folder, got 1 that it does not hold: x",
+            "cases of folder, got 1 that it does not hold, or that --exclude leaves out: x",
         ),
         ('{"train": ["p00s0"], "test": ["p00s1"]}', "in train or in test, got 1 in both: p00"),
     ],

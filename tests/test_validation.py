@@ -83,3 +83,11 @@ def test_without_any_dice_the_last_weights_stay():
     best.restore(model)
     assert model.weight == 5.0
     assert (best.epoch, best.dice) == (0, None)
+
+
+def test_patience_waits_for_the_first_class_to_be_found():
+    best, model = BestWeights(patience=2), torch.nn.Linear(1, 1)
+    assert [best.add(epoch, 0.0, model) for epoch in range(1, 6)] == [False] * 5
+    assert not best.add(6, 0.3, model)
+    assert [best.add(epoch, 0.2, model) for epoch in (7, 8)] == [False, True]
+    assert (best.epoch, best.dice) == (6, 0.3)

@@ -124,6 +124,8 @@ def named_parts(path: Path | str, fold: Any) -> Any:
     """A fold of nnU-Net's splits_final.json under our names: it tests on "val"."""
     if not isinstance(fold, dict) or not {"train", "val"} <= fold.keys():
         raise UserError(f'{path}: expected lists "train" and "val" in each of nnU-Net\'s folds')
+    for part in ("train", "val"):
+        _require_names(str(path), part, fold[part])
     return {"train": fold["train"], "test": fold["val"]}
 
 
@@ -142,8 +144,8 @@ def checked_split(path: str, content: Any, task: Task) -> Split:
     unknown = sorted({name for names in parts.values() for name in names} - set(patient))
     if unknown:
         raise UserError(
-            f"{path}: expected cases of {task.root}, got {len(unknown)} that it does not hold: "
-            f"{_listed(unknown)}"
+            f"{path}: expected cases of {task.root}, got {len(unknown)} that it does not hold, or "
+            f"that --exclude leaves out: {_listed(unknown)}"
         )
     tested = {patient[name] for name in parts["test"]}
     if "pretrain" not in parts:
@@ -170,8 +172,12 @@ def _split_parts(path: str, content: Any) -> dict[str, list[str]]:
         raise UserError(f'{path}: expected lists "train" and "test", or nnU-Net\'s list of folds')
     parts = {part: content[part] for part in PARTS if part in content}
     for part, names in parts.items():
-        if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
-            raise UserError(f'{path}: expected a list of case names under "{part}", got {names!r}')
-        if not names and part != "pretrain":
-            raise UserError(f'{path}: expected at least one case under "{part}", got none')
+        _require_names(path, part, names)
     return parts
+
+
+def _require_names(path: str, part: str, names: Any) -> None:
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise UserError(f'{path}: expected a list of case names under "{part}", got {names!r}')
+    if not names and part != "pretrain":
+        raise UserError(f'{path}: expected at least one case under "{part}", got none')

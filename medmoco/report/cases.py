@@ -143,8 +143,12 @@ def read_cases(folder: Path) -> list[ShownCase]:
     return [_case(path, i, tables, *pairs[i]) for i in range(count)]
 
 
-def read_prediction(path: Path, case: ShownCase) -> np.ndarray | None:
+def read_prediction(path: Path, case: ShownCase, own: bool = True) -> np.ndarray | None:
     """The shown slices of a label map, class indices like `case.truth`; None without the file.
+
+    Args:
+        own: of the run that kept the case; another run's may be of the same scan on another grid,
+            and is None then, too.
 
     Raises:
         UserError: the file is broken, has another grid than the case, or values of no class.
@@ -153,6 +157,8 @@ def read_prediction(path: Path, case: ShownCase) -> np.ndarray | None:
         return None
     stack = to_stack(read_volume(path, label=True).voxels, case.axis)
     if stack.shape != case.shape:
+        if not own:
+            return None
         raise UserError(f"{path}: expected a stack of {case.shape} voxels, got {stack.shape}")
     labels = thinned(stack, case.step)
     values = np.array(case.values)

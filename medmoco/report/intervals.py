@@ -45,15 +45,21 @@ def of_mean(result: Result) -> tuple[float, float] | None:
 
     A volume's deviation is the mean of its classes' deviations, each weighted by how many volumes
     its own mean is taken over: the linearisation of a sum of ratios. Where every volume has every
-    class, this is the interval of the volumes' means.
+    class, this is the interval of the volumes' means. None where a class is in a single volume.
     """
     if result.mean is None:
         return None
-    rows = list(result.per_volume.values())
+    rows = [
+        row
+        for row in result.per_volume.values()
+        if any(finite(score) is not None for score in row.values())
+    ]
     deviations = [0.0] * len(rows)
     names = dict.fromkeys(name for row in rows for name in row)
     columns = [[finite(row.get(name)) for row in rows] for name in names]
     known = [column for column in columns if any(score is not None for score in column)]
+    if any(sum(score is not None for score in column) < 2 for column in known):
+        return None
     for column in known:
         scores = [score for score in column if score is not None]
         mean, weight = sum(scores) / len(scores), len(rows) / len(scores) / len(known)

@@ -117,7 +117,7 @@ def _mask(
         if shown.case not in model.result.per_volume:
             return None
     folder = model.run.folder / "predictions" / MODEL_FOLDERS[model.name]
-    return read_prediction(folder / f"{shown.case}.nii.gz", shown)
+    return read_prediction(folder / f"{shown.case}.nii.gz", shown, own=model.run is run)
 
 
 def pack(shown: ShownCase, classes: Sequence[str], masks: Any) -> dict[str, Any]:

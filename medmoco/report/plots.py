@@ -49,7 +49,7 @@ def dice_plot(run: Run) -> Plot | None:
                 if scores:
                     axes.plot(np.mean(scores), place[0], "|", ms=11, mew=2.2, color=colour)
         axes.set(xlabel="Dice", xlim=(-0.02, 1.02), ylim=(len(classes) - 0.5, -0.5))
-        axes.set_yticks(range(len(classes)), [_short(label) for label in classes])
+        axes.set_yticks(range(len(classes)), [short(label) for label in classes])
         axes.grid(axis="y", visible=False)
 
     rows = max(HEIGHT, 1 + 0.16 * len(results) * len(classes))
@@ -259,14 +259,14 @@ def _curve(run: Run, key: str) -> tuple[np.ndarray, np.ndarray]:
 def name_colours(axes: Axes, theme: Theme, runs: Sequence[Run]) -> None:
     """Entries of the legend that say which run has which colour, if there are several."""
     for run in runs if len(runs) > 1 else ():
-        axes.plot([], [], lw=3, color=colour_of(theme, runs, run), label=_short(run.name))
+        axes.plot([], [], lw=3, color=colour_of(theme, runs, run), label=short(run.name))
 
 
 def colour_of(theme: Theme, runs: Sequence[Run], run: Run) -> str:
     return theme.palette[runs.index(run) % len(theme.palette)]
 
 
-def _short(name: str, length: int = 22) -> str:
+def short(name: str, length: int = 22) -> str:
     """A name that fits a legend; matplotlib hides labels that begin with an underscore."""
     visible = "".join(c if c.isprintable() else "?" for c in name).lstrip("_") or "run"
     shortened = visible if len(visible) <= length else visible[: length - 1] + "…"
