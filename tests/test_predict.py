@@ -126,6 +126,22 @@ def test_folder_of_a_task_means_its_test_images_and_channels_are_no_part_of_name
     np.testing.assert_array_equal(mask_of(output / "case.nii.gz"), hu(seed=1) > 100)
 
 
+def test_numbered_cases_without_a_channel_0000_keep_their_numbers(tmp_path, model, predict):
+    for number in (1, 4):
+        path = save_volume(tmp_path / f"imagesTs/amos_000{number}.nii.gz", hu(), AFFINE)
+    output = predict("--model", model, "--input", tmp_path / "imagesTs")
+    assert names(output) == ["amos_0001.nii.gz", "amos_0004.nii.gz"]
+    one = tmp_path / "one"
+    predict("--model", model, "--input", path, "--output", one)
+    assert names(one) == ["amos_0004.nii.gz"]
+
+
+def test_single_file_is_a_channel_where_its_siblings_tell_so(tmp_path, model, predict):
+    for channel in range(2):
+        path = save_volume(tmp_path / f"imagesTs/case_000{channel}.nii.gz", hu(), AFFINE)
+    assert names(predict("--model", model, "--input", path)) == ["case.nii.gz"]
+
+
 def test_probabilities_lie_voxel_by_voxel_on_the_label_map(tmp_path, predict, scans):
     segmenter = threshold_segmenter(100.5, value=9)
     with torch.no_grad():  # logits of 0 and 8 (image - level), which is soft
