@@ -12,7 +12,7 @@ from medmoco.data.store import CacheSettings
 from medmoco.errors import UserError
 from medmoco.models.decoders import DECODERS
 from medmoco.models.encoder import Encoder
-from medmoco.models.segmenter import Segmenter, load_segmenter, save_segmenter
+from medmoco.models.segmenter import Segmenter, find_segmenters, load_segmenter, save_segmenter
 from medmoco.models.whitening import MapWhitening, ZCAWhitening, replace_last_norm
 
 
@@ -70,6 +70,33 @@ def test_whitening_inside_the_encoder_is_folded(tmp_path):
     images = torch.rand(2, 1, 48, 48)
     with torch.no_grad():
         torch.testing.assert_close(loaded.model(images), segmenter.model(images))
+
+
+def fold_files(folder, *names):
+    """Files that stand for models of folds; "" leaves a fold without one."""
+    for number, name in enumerate(names):
+        (folder / f"fold_{number}/segmenters").mkdir(parents=True)
+        if name:
+            (folder / f"fold_{number}/segmenters/{name}.pt").write_bytes(b"")
+    return folder
+
+
+def test_folds_give_one_kind_of_model(tmp_path):
+    names = ["finetune-pretrained"] * 3
+    found = find_segmenters(fold_files(tmp_path, *names))
+    assert [file.parent.parent.name for file in found] == ["fold_0", "fold_1", "fold_2"]
+
+
+def test_folds_at_different_stages_are_refused(tmp_path):
+    fold_files(tmp_path, "finetune-pretrained", "linear-pretrained")
+    with pytest.raises(UserError, match="expected one kind of model in all folds, got fold_0/"):
+        find_segmenters(tmp_path)
+
+
+def test_fold_without_a_model_is_named(tmp_path):
+    fold_files(tmp_path, "linear-pretrained", "linear-pretrained", "")
+    with pytest.raises(UserError, match="fold_2 is not finished"):
+        find_segmenters(tmp_path)
 
 
 def refused(path, message):
@@ -137,6 +164,15 @@ def test_damaged_content_is_named(tmp_path, damage, message):
     save_segmenter(path, small())
     torch.save(damage(torch.load(path, weights_only=True)), path)
     refused(path, message)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_weights_that_are_not_finite_are_named(tmp_path, value):
+    path, segmenter = tmp_path / "model.pt", small()
+    with torch.no_grad():
+        segmenter.encoder.conv1.weight[0, 0, 1, 2] = value
+    save_segmenter(path, segmenter)
+    refused(path, r"encoder\.conv1\.weight holds values that are not finite")
 
 
 @torch.no_grad()

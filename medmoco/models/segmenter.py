@@ -98,7 +98,7 @@ def load_segmenter(path: Path) -> Segmenter:
 
     Raises:
         UserError: no such file, not a segmenter of this version, an entry that makes no sense, or
-            weights that do not fit.
+            weights that do not fit or are not finite.
     """
     path = Path(path)
     content = load_tensors(path)
@@ -128,6 +128,9 @@ def load_segmenter(path: Path) -> Segmenter:
     problem = mismatch(model.state_dict(), content.get("state_dict"))
     if problem:
         raise UserError(f"{path}: the weights do not fit {content['decoder']}: {problem}")
+    for name, tensor in content["state_dict"].items():
+        if not tensor.isfinite().all():
+            raise UserError(f"{path}: {name} holds values that are not finite")
     model.load_state_dict(content["state_dict"], assign=True)
     return Segmenter(model.eval(), content["decoder"], classes, values, grid, settings)
 
@@ -136,7 +139,7 @@ def find_segmenters(path: Path) -> list[Path]:
     """The files that are meant by a file, a run, or a run of several folds.
 
     Raises:
-        UserError: there is no model at this place.
+        UserError: there is no model at this place, or the folds are at different stages.
     """
     path = Path(path)
     if path.is_file():
@@ -153,7 +156,20 @@ def find_segmenters(path: Path) -> list[Path]:
             f"--model {path}: expected a run with a trained model in {FOLDER}/, got none; "
             "`medmoco segment` trains one, and --resume brings that of an older run"
         )
-    return [file for fold in folds for file in find_segmenters(fold)]
+    for fold in folds:
+        if not any((fold / FOLDER / f"{name}.pt").is_file() for name in PREFERENCE):
+            raise UserError(
+                f"--model {path}: expected a trained model in every fold, but {fold.name} is not "
+                "finished; finish with `medmoco segment --resume`, or name the files"
+            )
+    found = [file for fold in folds for file in find_segmenters(fold)]
+    if len({file.name for file in found}) > 1:
+        listed = ", ".join(file.relative_to(path).as_posix() for file in found)
+        raise UserError(
+            f"--model {path}: expected one kind of model in all folds, got {listed}; finish with "
+            "`medmoco segment --resume`, or name the files"
+        )
+    return found
 
 
 def _classes(names: Any, values: Any) -> tuple[tuple[str, ...], tuple[int, ...]]:
