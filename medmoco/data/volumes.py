@@ -237,7 +237,8 @@ def _intensities(path: Path, stored: np.ndarray, layout: Layout) -> np.ndarray:
 
 
 def _label_values(path: Path, stored: np.ndarray, layout: Layout) -> np.ndarray:
-    if stored.dtype.kind in "iu" and layout.header.get_slope_inter()[0] in (None, 1):
+    unscaled = layout.header.get_slope_inter() in ((None, None), (1, 0))
+    if unscaled and stored.dtype.kind in "iu":
         return stored.astype(stored.dtype.newbyteorder("="))
     values = _scaled(stored.astype(np.float64), layout)
     if not np.isfinite(values).all() or (values != np.rint(values)).any():
