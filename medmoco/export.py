@@ -33,7 +33,9 @@ class ExportConfig:
 
     to: str | None = option(None, "format", choices=("torchvision", "onnx"))
     run: Path | None = option(
-        None, "folder of a run: its encoder.pt, or with onnx its best segmenter"
+        None,
+        "folder of a run: its encoder.pt, or with onnx its fine-tuned segmenter, else the linear "
+        "one (--model chooses another)",
     )
     encoder: Path | None = option(None, "encoder.pt, instead of --run")
     model: Path | None = option(None, "a segmenter's file, instead of --run")

@@ -2,9 +2,10 @@
 
 import hashlib
 import json
+import os
 import sys
 import time
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
@@ -24,15 +25,15 @@ from medmoco.prediction import INSIDE
 from medmoco.signals import stopping_at_once
 from medmoco.volume_prediction import VolumePredictor
 
-PIXELS_AT_ONCE = {"cpu": 2**18, "cuda": 2**22}
-
 
 @dataclass(frozen=True)
 class PredictConfig:
     """Flags of prediction."""
 
     model: tuple[Path, ...] = option(
-        (), "a run, of which the best model is taken, or a model's file; several vote"
+        (),
+        "a run, whose fine-tuned model is taken, else the linear one (a file in its segmenters/ "
+        "chooses another); several vote",
     )
     input: Path | None = option(None, "a NIfTI file, or a folder of them; of a task, its imagesTs")
     output: Path | None = option(None, "folder of the label maps")
@@ -40,7 +41,10 @@ class PredictConfig:
     save_probabilities: bool = option(False, "also write <case>.npz: float16, (class, x, y, z)")
     skip_bad: bool = option(False, "go on without unreadable files and list them")
     batch_size: int | None = option(
-        None, "slices at once; default by their size, one of 512 x 512 on the CPU", least=1
+        None,
+        "slices at once; default by the larger of the slice and the model's image, one of "
+        "512 x 512 on the CPU",
+        least=1,
     )
     device: str | None = option(None, "cpu, cuda or cuda:N; default: cuda where there is one")
     amp_dtype: str | None = option(
@@ -172,14 +176,16 @@ def main(argv: Sequence[str] | None = None) -> None:
     predictor = VolumePredictor(
         list(models.values()),
         config.output,
-        batch_size=config.batch_size or batch_size(models.values(), device),
+        batch_size=config.batch_size,
         device=device,
         amp_dtype=None if config.amp_dtype == "float32" else torch.bfloat16,
         save_probabilities=config.save_probabilities,
     )
-    bad += predict_all(predictor, inputs, config)
-    for error in bad:
+    failed = predict_all(predictor, inputs, config)
+    for error in bad + failed:
         print(f"left out: {error}")
+    if len(failed) == len(inputs):
+        raise UserError(f"no volume could be predicted: {failed[0]}")
     print(f"label maps:  {config.output}")
     print(
         f"next:        python -m medmoco.evaluate --pred {config.output} --truth FOLDER_OF_LABELS"
@@ -193,9 +199,13 @@ def predict_all(
 
     Returns:
         What was wrong with volumes that --skip-bad left out.
+
+    Raises:
+        UserError: a volume is bad without --skip-bad, or its label map cannot be written.
     """
     bad: list[VolumeError] = []
-    todo = [item for item in inputs if not predictor.label_map(item).is_file()]
+    # Unlike Path.is_file, this is no error where the name is too long for the disk.
+    todo = [item for item in inputs if not os.path.isfile(predictor.label_map(item))]
     if len(todo) < len(inputs):
         print(f"finished before: {len(inputs) - len(todo)} of {len(inputs)} volumes")
     clock, started, slices = predictor.clock, time.perf_counter(), 0
@@ -216,6 +226,11 @@ def predict_all(
                     ) from error
                 bad.append(error)
                 continue
+            except OSError as error:
+                raise UserError(
+                    f"{predictor.label_map(item)}: cannot be written: {error.strerror or error}; "
+                    "finished label maps are kept, --resume goes on"
+                ) from error
             if warning:
                 bar.write(f"warning: {warning}", file=sys.stdout)
             slices += count
@@ -228,12 +243,6 @@ def predict_all(
             "inside the model"
         )
     return bad
-
-
-def batch_size(models: Collection[Segmenter], device: torch.device) -> int:
-    """Slices at once, as many as the largest images among the models' allow."""
-    largest = max(model.grid.size for model in models)
-    return max(1, PIXELS_AT_ONCE[device.type] // largest**2)
 
 
 def _digest(file: Path) -> str:

@@ -1,6 +1,7 @@
 """The command `medmoco predict`: names, types, what is refused, and what a stop leaves behind."""
 
 import dataclasses
+import errno
 import json
 import os
 import signal
@@ -16,11 +17,13 @@ from volume_files import save_volume
 
 from medmoco.command import run_command
 from medmoco.data.slices import PixelGrid
+from medmoco.data.volumes import write_label_map
 from medmoco.models.decoders import UNet
 from medmoco.models.encoder import Encoder
-from medmoco.models.segmenter import load_segmenter, save_segmenter
-from medmoco.predict import batch_size, load_models, main
-from medmoco.volume_prediction import VolumePredictor
+from medmoco.models.segmenter import save_segmenter
+from medmoco.predict import load_models, main
+from medmoco.prediction import Member
+from medmoco.volume_prediction import VolumePredictor, slices_at_once
 
 AFFINE = np.diag([1.0, 1, 2, 1])
 
@@ -134,6 +137,14 @@ def test_numbered_cases_without_a_channel_0000_keep_their_numbers(tmp_path, mode
     one = tmp_path / "one"
     predict("--model", model, "--input", path, "--output", one)
     assert names(one) == ["amos_0004.nii.gz"]
+
+
+def test_chosen_channel_makes_channels_of_numbered_files_in_any_folder(tmp_path, model, predict):
+    for channel in range(2):
+        save_volume(tmp_path / f"scans/case_000{channel}.nii.gz", hu(seed=channel), AFFINE)
+    output = predict("--model", model, "--input", tmp_path / "scans", "--channel", "1")
+    assert names(output) == ["case.nii.gz"]
+    np.testing.assert_array_equal(mask_of(output / "case.nii.gz"), hu(seed=1) > 100)
 
 
 def test_single_file_is_a_channel_where_its_siblings_tell_so(tmp_path, model, predict):
@@ -253,6 +264,45 @@ def test_damaged_volume_stops_or_is_left_out_and_the_others_are_kept(
     output = predict("--resume", "--skip-bad")
     assert names(output) == ["scan0.nii.gz", "scan2.nii.gz"]
     assert f"left out: {path}: " in capsys.readouterr().out
+
+
+def test_spacing_of_another_unit_is_named(scans, refused):
+    path = save_volume(scans / "scan1.nii.gz", hu(), np.diag([4000.0, 3000, 2000, 1]))
+    error = refused("--input", scans, written=["scan0.nii.gz"])
+    assert f"{path}: expected slices of at most 16384 pixels at the model's 1 mm" in error
+    assert "from a spacing of 3000 x 4000 mm; are its units mm?" in error
+
+
+def test_nothing_but_bad_volumes_is_an_error(scans, refused):
+    for path in scans.iterdir():
+        path.write_bytes(path.read_bytes()[:-20])
+    error = refused("--input", scans, "--skip-bad")
+    assert f"no volume could be predicted: {scans / 'scan0.nii.gz'}: " in error
+
+
+@pytest.mark.parametrize("place", ["write", "begin"])
+def test_label_map_that_cannot_be_written_is_named(
+    tmp_path, scans, refused, predict, monkeypatch, place
+):
+    if place == "begin":  # with .nii.gz it is longer than a name may be
+        path = save_volume(scans / f"scan1{'x' * 245}.nii", hu(), AFFINE)
+        reason = "File name too long"
+    else:
+
+        def full(path, *_):
+            if path.name.startswith("scan1"):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            write_label_map(path, *_)
+
+        monkeypatch.setattr("medmoco.volume_prediction.write_label_map", full)
+        path, reason = scans / "scan1.nii", "No space left on device"
+    written = ["scan0.nii.gz"] + ["scan1.nii.gz"] * (place == "begin")
+    error = refused("--input", scans, written=written)
+    label_map = tmp_path / "masks" / f"{path.name}.gz"
+    assert f"{label_map}: cannot be written: {reason}; finished label maps are kept" in error
+    if place == "write":
+        monkeypatch.undo()
+        assert len(names(predict("--resume"))) == 3
 
 
 def test_channel_that_is_not_there_is_refused(scans, refused):
@@ -416,7 +466,7 @@ def test_stopped_prediction_leaves_whole_files_and_goes_on(
 
 KILLED = """
 import os, signal, sys
-from medmoco.predict import batch_size, load_models, main
+from medmoco.predict import main
 replace = os.replace
 def kill_at_the_second(source, target):
     if str(target).endswith("scan1.nii.gz"):
@@ -455,8 +505,19 @@ def test_config_tells_how_the_predictions_were_made(model, scans, predict):
     assert list(content["models"]) == [str(model)]
 
 
-def test_batch_is_chosen_by_the_size_of_the_images(model):
-    segmenter = load_segmenter(model)
-    for size, batch in ((512, 1), (1024, 1), (64, 64)):
-        large = dataclasses.replace(segmenter, grid=PixelGrid(size, 1.0))
-        assert batch_size([segmenter, large], torch.device("cpu")) == batch
+@pytest.mark.parametrize(
+    ("size", "shape", "batch"),
+    [
+        (512, (8, 9), 1),
+        (1024, (8, 9), 1),
+        (64, (8, 9), 64),
+        (64, (128, 64), 32),  # rows x columns of the slices, which are more
+        (64, (900, 700), 1),
+    ],
+)
+def test_batch_is_chosen_by_the_larger_of_image_and_slice(size, shape, batch):
+    pixels = np.zeros((3, *shape), np.uint16)
+    members = [
+        Member(torch.nn.Identity(), PixelGrid(each, 1.0), pixels) for each in (min(size, 32), size)
+    ]
+    assert slices_at_once(members, torch.device("cpu")) == batch

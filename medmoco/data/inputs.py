@@ -32,7 +32,8 @@ def find_inputs(path: Path, channel: int | None) -> list[Input]:
     """A file, or all volumes below a folder in sorted order; of a task's folder, its imagesTs.
 
     Names keep the folder's structure. In nnU-Net's folders, whose files end in _0000, _0001, ...,
-    such a number is a channel and no part of the name.
+    such a number is a channel and no part of the name; with `channel` that holds of folders of
+    any name.
 
     Args:
         channel: which one to take of cases and files with several; None where there are none.
@@ -51,7 +52,7 @@ def find_inputs(path: Path, channel: int | None) -> list[Input]:
         volumes = find_volumes(folder)
     else:
         raise UserError(f"--input {path}: expected a folder or a .nii or .nii.gz file, got neither")
-    with_channels = folders_of_channels(volumes)
+    with_channels = folders_of_channels(volumes, any_name=channel is not None)
     found: dict[str, dict[int | None, Path]] = defaultdict(dict)
     for image in volumes:
         name, number = volume_name(image), None

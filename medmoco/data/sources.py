@@ -62,14 +62,21 @@ def folder_sources(
     return sources
 
 
-def folders_of_channels(paths: Collection[Path]) -> set[Path]:
+def folders_of_channels(paths: Collection[Path], any_name: bool = False) -> set[Path]:
     """Folders of images by their name, all of whose files end in a channel's number.
 
     Every case has a channel 0000; where no file ends in it, the numbers are those of cases.
+
+    Args:
+        any_name: also folders that are not named as those of images.
     """
     named = ("images", ABDOMEN_1K_IMAGES)
-    folders = {path.parent for path in paths if path.parent.name.startswith(named)}
-    return {folder for folder in folders if _holds_channels(folder)}
+    folders = {path.parent for path in paths}
+    return {
+        folder
+        for folder in folders
+        if (any_name or folder.name.startswith(named)) and _holds_channels(folder)
+    }
 
 
 def _holds_channels(folder: Path) -> bool:
