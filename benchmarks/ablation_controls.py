@@ -117,11 +117,11 @@ def supervised_encoder(segmentation: Segmentation, steps: int) -> Encoder:
     assert config.arch is not None and config.width is not None
     encoder = Encoder(config.arch, config.width)
     encoder.set_output_stride(unet_stride(segmentation.grid.size))
-    batches = -(-int(every.has_foreground.sum()) * 4 // 3 // config.batch_size)
+    batches = -(-int((every.pixels[:, 1:] > 0).any(1).sum()) * 4 // 3 // config.batch_size)
     finetune(
         UNet(encoder, len(cache.classes)).to(every.device),
         every.dataset,
-        every.has_foreground,
+        every.pixels > 0,
         epochs=max(1, round(SUPERVISED_STEPS * steps / batches)),
         batch_size=config.batch_size,
         lr=config.lr,

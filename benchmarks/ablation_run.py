@@ -15,13 +15,13 @@ from medmoco.config import to_json
 from medmoco.data.splits import Split
 from medmoco.downstream import Segmentation
 from medmoco.errors import UserError
-from medmoco.finetune import EMPTY_SHARE
-from medmoco.labelled import foreground_slices
+from medmoco.labelled import class_pixels
 from medmoco.methods import resolve
 from medmoco.models.encoder import Encoder, load_encoder
 from medmoco.output import write_json
 from medmoco.pretrain import open_slices
 from medmoco.pretraining import Pretraining
+from medmoco.sampling import EMPTY_SHARE
 from medmoco.segment import SegmentConfig, prepare
 from medmoco.train import TrainConfig, kept_from_pretraining
 from variants import ATLAS, CONTROLS, PATCHES, RANDOM, SUPERVISED, VARIANTS, WHITENED, Scale
@@ -343,7 +343,8 @@ def with_labels(
         rate: of learning, at its peak.
     """
     cache, config = segmentation.cache, segmentation.config
-    full = int(foreground_slices(cache, cache.indices_of(chosen)).sum())
+    pixels = class_pixels(cache, cache.indices_of(chosen), segmentation.grid)
+    full = int((pixels[:, 1:] > 0).any(dim=1).sum())
     batches = math.ceil(full * (1 + EMPTY_SHARE) / config.batch_size)
     config = dataclasses.replace(config, epochs=max(1, round(steps / batches)), lr=rate)
     split = Split(segmentation.split.pretrain, chosen, test)

@@ -10,6 +10,9 @@ COMMANDS = {
     "train": "the main job: pretrain, segment, report; without flags, on the phantom",
     "pretrain": "self-supervised pretraining on a folder of volumes",
     "segment": "linear evaluation and fine-tuning on labelled volumes",
+    "predict": "label maps of new volumes, by the models of a run",
+    "evaluate": "scores of predicted label maps against the true ones",
+    "export": "weights for torchvision, timm and others, or a segmenter as ONNX",
     "report": "one page for one run, or for several side by side",
 }
 

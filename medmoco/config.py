@@ -31,9 +31,9 @@ def option(
     """A dataclass field that becomes the flag --name-with-dashes.
 
     Its type is taken from the annotation: bool becomes a switch, Path, int, float and str are
-    parsed, and `X | None` accepts what X accepts. A default of None under the annotation `X` means
-    that the method or the data decides before the value is used. A number lies above `above`, and
-    within `least` and `most`.
+    parsed, `X | None` accepts what X accepts, and `tuple[X, ...]` one or more of them. A default of
+    None under the annotation `X` means that the method or the data decides before the value is
+    used. A number lies above `above`, and within `least` and `most`.
     """
     limits = {"above": above, "least": least, "most": most}
     return dataclasses.field(default=default, metadata={"help": help, "choices": choices} | limits)
@@ -59,7 +59,10 @@ def parse(cls: type[Config], argv: Sequence[str] | None, *, prog: str, descripti
     known, unknown = parser.parse_known_args(argv)
     if unknown:
         parser.refuse_unknown(unknown, [_flag(field.name) for field in fields])
-    given = vars(known)
+    given: dict[str, Any] = {
+        name: tuple(value) if isinstance(value, list) else value
+        for name, value in vars(known).items()
+    }
     config_file = given.pop("config", None)
     values = read_config(cls, config_file) if config_file else {}
     if given.get("resume"):
@@ -119,7 +122,13 @@ def _resumed(cls: type[Any], given: dict[str, Any]) -> dict[str, Any]:
 def to_json(config: Any) -> dict[str, Any]:
     """The configuration as plain JSON values, paths as strings."""
     values = dataclasses.asdict(config)
-    return {k: str(v) if isinstance(v, Path) else v for k, v in values.items()}
+    return {name: _plain(value) for name, value in values.items()}
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, tuple):
+        return [_plain(item) for item in value]
+    return str(value) if isinstance(value, Path) else value
 
 
 def read_config(cls: type[Any], path: Path) -> dict[str, Any]:
@@ -152,6 +161,10 @@ def _checked(path: Path, field: dataclasses.Field[Any], hint: Any, value: Any) -
     kind = _unwrap(hint)
     if value is None and field.default is None:
         return None
+    if typing.get_origin(kind) is tuple:
+        if not isinstance(value, list):
+            raise UserError(f"{path}: {field.name} must be a list, got {value!r}")
+        return tuple(_checked(path, field, typing.get_args(kind)[0], item) for item in value)
     expected: Any = {Path: str, float: (int, float)}.get(kind, kind)
     wrong_bool = isinstance(value, bool) and kind is not bool
     if not isinstance(value, expected) or wrong_bool:
@@ -167,6 +180,9 @@ def _checked(path: Path, field: dataclasses.Field[Any], hint: Any, value: Any) -
 
 def _add_flag(parser: argparse.ArgumentParser, field: dataclasses.Field[Any], hint: Any) -> None:
     kind = _unwrap(hint)
+    several: dict[str, Any] = {}
+    if typing.get_origin(kind) is tuple:
+        kind, several = typing.get_args(kind)[0], {"nargs": "+"}
     flag = _flag(field.name)
     text = field.metadata["help"].replace("%", "%%")
     if field.default is not None and field.default is not False:
@@ -177,7 +193,9 @@ def _add_flag(parser: argparse.ArgumentParser, field: dataclasses.Field[Any], hi
     else:
         choices = field.metadata.get("choices")
         read = _finite if kind is float else kind
-        parser.add_argument(flag, type=read, choices=choices, default=argparse.SUPPRESS, help=text)
+        parser.add_argument(
+            flag, type=read, choices=choices, default=argparse.SUPPRESS, help=text, **several
+        )
 
 
 def _finite(text: str) -> float:

@@ -1,4 +1,4 @@
-"""The models of segmentation, trained and tested: linear decoders, U-Nets, and their controls."""
+"""The models of segmentation, trained and tested: decoders on an encoder, and their controls."""
 
 import copy
 import dataclasses
@@ -11,24 +11,28 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
-from torch.utils.data import DataLoader
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Subset
 
 from medmoco.config import to_json
 from medmoco.data.slices import PixelGrid, SliceDataset
 from medmoco.data.splits import Split
 from medmoco.data.store import SliceCache
 from medmoco.errors import UserError
-from medmoco.evaluation import OVERLAYS_NAME, evaluate, write_pictures
-from medmoco.finetune import finetune
-from medmoco.labelled import foreground_slices
+from medmoco.evaluation import evaluate
+from medmoco.finetune import finetune, start_from_frequencies
+from medmoco.labelled import class_pixels
 from medmoco.launch import choose_device, choose_workers
 from medmoco.linear import linear_evaluation
+from medmoco.losses import inverse_frequency_weights
 from medmoco.metrics_log import MetricsLog
-from medmoco.models.decoders import UNet
+from medmoco.models.decoders import DECODERS
 from medmoco.models.encoder import Encoder
 from medmoco.models.moco import recalibrate_batchnorm
+from medmoco.models.segmenter import FOLDER, Segmenter, save_segmenter
 from medmoco.output import write_json
+from medmoco.progress import ProgressPlot
+from medmoco.validation import hold_out
 
 if TYPE_CHECKING:
     from medmoco.segment import SegmentConfig
@@ -38,6 +42,9 @@ CALIBRATION_SLICES = 512
 # Flags that change neither the data nor the training.
 WITHOUT_EFFECT = frozenset(
     {"output", "mode", "controls", "encoder", "cache", "device", "workers", "resume", "overwrite"}
+    | {"tensorboard"}
+    # What they gave is in the split.
+    | {"split", "folds", "fold", "label_fraction", "test_fraction"}
 )
 
 
@@ -66,25 +73,31 @@ class Segmentation:
         slices = cache.indices_of(split.train)
         self.dataset = SliceDataset(cache, slices, grid, with_labels=True)
         self.patients = [cache.volumes[v].patient for v in cache.slice_volume[slices]]
-        self.has_foreground = foreground_slices(cache, slices)
-        if not self.has_foreground.any():
-            raise UserError(
-                f"{config.task}: expected labelled voxels in the {len(split.train)} cases to train "
-                "on, got background alone"
-            )
+        self.pixels = class_pixels(cache, slices, grid)
+        self.trained, self.validated = hold_out(
+            self.patients,
+            0.0 if config.mode == "linear" else config.validation_fraction,
+            config.seed,
+        )
+        for purpose, items in (("train", self.trained), ("validate", self.validated)):
+            if items and not self.pixels[items, 1:].any():
+                raise UserError(
+                    f"{config.task}: expected labelled voxels in the cases to {purpose} on, "
+                    f"{len({self.patients[i] for i in items})} patients, got background alone"
+                )
 
     def run(
         self, stage: str, initialisation: str, encoder: Encoder | None, output: Path
     ) -> dict[str, Any]:
         """Trains and tests one model, or reads the result that `output` holds of the same inputs.
 
-        Writes predictions/<stage>-<initialisation>/ (a label map of each test case, result.json),
-        adds to predictions/overlays.npz and metrics.jsonl.
+        Writes segmenters/<stage>-<initialisation>.pt and predictions/<stage>-<initialisation>/ (a
+        label map of each test case, result.json), adds to metrics.jsonl.
 
         Args:
-            stage: "linear", a linear decoder on a frozen encoder, or "finetune", a U-Net.
+            stage: "linear", a linear decoder on a frozen encoder, or "finetune", of --decoder.
             initialisation: "pretrained", or the control: "random" for the linear decoder (BatchNorm
-                recalibrated on slices), "scratch" for the U-Net.
+                recalibrated on slices), "scratch" for fine-tuning.
             encoder: the pretrained one, which stays as it is; None for a control.
             output: folder of the run, which exists.
 
@@ -94,20 +107,26 @@ class Segmentation:
         name = f"{stage}-{initialisation}"
         folder = output / "predictions" / name
         identity = self.identity(encoder)
+        weights = output / FOLDER / f"{name}.pt"
         finished = read_result(folder / "result.json", identity)
-        if finished is not None:
+        if finished is not None and weights.is_file():
             print(f"{name}: finished before, {folder / 'result.json'}")
             return finished
         started = time.monotonic()
-        train = {"linear": self._train_linear, "finetune": self._train_unet}[stage]
-        metrics = MetricsLog(output / "metrics.jsonl")
+        train = {"linear": self._train_linear, "finetune": self._train_whole}[stage]
+        metrics = MetricsLog(output / "metrics.jsonl", self.config.tensorboard)
         metrics.forget_training(stage, initialisation)  # of an attempt that was cut short
-        log = functools.partial(self._log, metrics, stage, initialisation)
-        with torch.random.fork_rng(devices=[]):
+        progress = ProgressPlot(output, initialisation)
+        about_model = {"stage": stage, "encoder": initialisation}
+        log = functools.partial(self._log, metrics, progress, about_model)
+        with metrics, torch.random.fork_rng(devices=[]):
             torch.manual_seed(self.config.seed)
             copied = copy.deepcopy(encoder) if encoder else self._new_encoder()
             model, about = train(copied.to(self.device), encoder is not None, log)
-        result, pictures = evaluate(
+        progress.draw()
+        (folder / "result.json").unlink(missing_ok=True)  # of a model that is now replaced
+        self._save(weights, model, "linear" if stage == "linear" else self.config.decoder)
+        result = evaluate(
             model,
             self.cache,
             self.split.test,
@@ -118,16 +137,23 @@ class Segmentation:
             amp_dtype=self.amp_dtype,
         )
         result |= about | {"seconds": round(time.monotonic() - started, 2)}
-        write_pictures(output / "predictions" / OVERLAYS_NAME, name, pictures)
         write_json(folder / "result.json", {"identity": identity, "result": result})
         return result
+
+    def _save(self, path: Path, model: nn.Module, decoder: str) -> None:
+        cache = self.cache
+        path.parent.mkdir(parents=True, exist_ok=True)
+        save_segmenter(
+            path,
+            Segmenter(model, decoder, cache.classes, cache.values, self.grid, cache.settings),
+        )
 
     def _train_linear(
         self, encoder: Encoder, pretrained: bool, log: Callable[..., None]
     ) -> tuple[nn.Module, dict[str, Any]]:
         encoder.set_output_stride(LINEAR_STRIDE)
         if not pretrained:
-            self._recalibrate(encoder)
+            self.recalibrate(encoder)
         model, weight_decay = linear_evaluation(
             encoder,
             self.dataset,
@@ -140,17 +166,23 @@ class Segmentation:
         )
         return model, {"weight_decay": weight_decay}
 
-    def _train_unet(
+    def _train_whole(
         self, encoder: Encoder, pretrained: bool, log: Callable[..., None]
     ) -> tuple[nn.Module, dict[str, Any]]:
-        encoder.set_output_stride(self.config.output_stride or unet_stride(self.grid.size))
-        model = UNet(encoder, len(self.cache.classes)).to(self.device)
+        decoder = self.config.decoder
+        stride = self.config.output_stride or default_stride(decoder, self.grid.size)
+        encoder.set_output_stride(stride)
+        model = DECODERS[decoder](encoder, len(self.cache.classes)).to(self.device)
         if self.device.type == "cuda":
             model = model.to(memory_format=torch.channels_last)
-        finetune(
+        pixels = self.pixels[self.trained]
+        classifier = model.classifier
+        assert isinstance(classifier, nn.Conv2d)
+        start_from_frequencies(classifier, pixels.sum(dim=0))
+        about = finetune(
             model,
-            self.dataset,
-            self.has_foreground,
+            Subset(self.dataset, self.trained),
+            pixels > 0,
             epochs=self.config.epochs,
             batch_size=self.config.batch_size,
             lr=self.config.lr,
@@ -159,18 +191,37 @@ class Segmentation:
             amp_dtype=self.amp_dtype,
             workers=choose_workers(self.config.workers, self.device),
             log=log,
+            schedule=self.config.schedule,
+            class_weights=self._class_weights(pixels.sum(dim=0)),
+            validation=Subset(self.dataset, self.validated) if self.validated else None,
+            patience=self.config.patience,
         )
-        return model, {}
+        about["missed"] = [self.cache.classes[c] for c in about["missed"]]
+        if about["missed"]:
+            print(
+                f"warning: fine-tuning does not find {', '.join(about['missed'])} even in slices "
+                "that it was trained on: try --class-weights inverse, or more --epochs"
+            )
+        if self.validated:
+            about["validation_patients"] = sorted({self.patients[i] for i in self.validated})
+        return model, about
+
+    def _class_weights(self, pixels: Tensor) -> Tensor | None:
+        return None if self.config.class_weights == "none" else inverse_frequency_weights(pixels)
 
     def _new_encoder(self) -> Encoder:
         assert self.config.arch is not None and self.config.width is not None
         return Encoder(self.config.arch, self.config.width)
 
     @torch.no_grad()
-    def _recalibrate(self, encoder: Encoder) -> None:
-        """Gives a random encoder the statistics of slices, else its features would be off scale."""
+    def recalibrate(self, encoder: Encoder) -> None:
+        """Gives an encoder the statistics of slices: a random one, or one that was trained on other
+        images, would have features off scale. They are those of the linear evaluation's
+        map; fine-tuning goes on with statistics of its own.
+        """
         slices = self.cache.indices_of(self.split.pretrain or self.split.train)
         step = -(-len(slices) // CALIBRATION_SLICES)
+        encoder.to(self.device).set_output_stride(LINEAR_STRIDE)
         dataset = SliceDataset(self.cache, slices[::step], self.grid)
         batches = DataLoader(dataset, self.config.batch_size)
         recalibrate_batchnorm(encoder, (batch["image"].to(self.device) for batch in batches))
@@ -184,18 +235,27 @@ class Segmentation:
             digest.update(name.encode() + tensor.cpu().contiguous().numpy().tobytes())
         return digest.hexdigest()
 
-    @staticmethod
     def _log(
+        self,
         metrics: MetricsLog,
-        stage: str,
-        encoder: str,
+        progress: ProgressPlot,
+        model: dict[str, str],
         epoch: int,
         step: int,
         loss: float,
         lr: float | None,
+        dice: list[float | None] | None = None,
+        validated: list[float | None] | None = None,
     ) -> None:
-        record = {"stage": stage, "encoder": encoder, "epoch": epoch, "step": step}
-        metrics.write(record | {"loss": loss, "lr": lr})
+        """Writes an epoch down; one of fine-tuning has Dice by class, and is drawn."""
+        record: dict[str, Any] = {**model, "epoch": epoch, "step": step, "loss": loss, "lr": lr}
+        names = self.cache.classes[1:]
+        for key, values in (("dice", dice), ("dice_validation", validated)):
+            if values is not None:
+                record[key] = dict(zip(names, values, strict=True))
+        metrics.write(record)
+        if dice is not None:
+            progress.add(record)
 
 
 def read_result(path: Path, identity: str) -> dict[str, Any] | None:
@@ -205,6 +265,11 @@ def read_result(path: Path, identity: str) -> dict[str, Any] | None:
         return content["result"] if content["identity"] == identity else None
     except (OSError, ValueError, KeyError, TypeError):
         return None
+
+
+def default_stride(decoder: str, image_size: int) -> int:
+    """Of the encoder in fine-tuning: DeepLabv3+'s is 8, a U-Net's by the size of the images."""
+    return 8 if decoder == "deeplab" else unet_stride(image_size)
 
 
 def unet_stride(image_size: int) -> int:

@@ -1,66 +1,19 @@
-"""Segmentation of whole volumes: label maps on each volume's own grid, Dice, and pictures."""
+"""Segmentation of whole volumes: label maps on each volume's own grid, and Dice."""
 
-import io
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from torch import nn
-from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from medmoco.data.slices import PixelGrid, SliceDataset, fit_slice, unfit
+from medmoco.data.slices import PixelGrid
 from medmoco.data.store import SliceCache
-from medmoco.data.volumes import write_label_map
+from medmoco.data.volumes import label_type, write_label_map
 from medmoco.metrics import DiceTable
-from medmoco.output import write_bytes_atomic
-
-MAX_PICTURES = 6  # test volumes of which a slice is kept for the report
-OVERLAYS_NAME = "overlays.npz"
-
-
-@dataclass(frozen=True)
-class Picture:
-    """One slice of a test volume on the canvas: image, truth and prediction (S, S) uint8."""
-
-    image: np.ndarray
-    truth: np.ndarray
-    prediction: np.ndarray
-    case: str
-    slice: int
-
-
-@torch.no_grad()
-def predict_volume(
-    model: nn.Module,
-    cache: SliceCache,
-    number: int,
-    grid: PixelGrid,
-    *,
-    batch_size: int,
-    device: torch.device,
-    amp_dtype: torch.dtype | None,
-) -> np.ndarray:
-    """Segments volume `number` of the cache.
-
-    The logits, not the labels, are brought back to the volume's own pixels, so that boundaries
-    stay smooth.
-
-    Returns:
-        (n, h, w) uint8 class indices on the grid of the cache's slices.
-    """
-    volume = cache.volumes[number]
-    dataset = SliceDataset(cache, np.flatnonzero(cache.slice_volume == number), grid)
-    slices = []
-    for batch in DataLoader(dataset, batch_size):
-        with autocast(device, amp_dtype):
-            logits = model(batch["image"].to(device))
-        native = unfit(logits.float(), volume.shape[1:], volume.spacing[1:], grid)
-        slices.append(native.argmax(dim=1).byte().cpu())
-    return torch.cat(slices).numpy()
+from medmoco.prediction import Member, predict_stack
 
 
 def evaluate(
@@ -73,7 +26,7 @@ def evaluate(
     batch_size: int,
     device: torch.device,
     amp_dtype: torch.dtype | None,
-) -> tuple[dict[str, Any], list[Picture]]:
+) -> dict[str, Any]:
     """Segments the test volumes, writes a label map of each, and scores them.
 
     Args:
@@ -87,21 +40,18 @@ def evaluate(
         amp_dtype: of autocast, None for float32.
 
     Returns:
-        The result of `DiceTable`; a few slices to look at.
+        The result of `DiceTable`.
     """
     folder.mkdir(parents=True, exist_ok=True)
     numbers = {volume.case: number for number, volume in enumerate(cache.volumes)}
-    value_of = np.asarray(cache.values, dtype=np.uint8)
+    value_of = np.asarray(cache.values, label_type(cache.values))
     table = DiceTable(cache.classes)
-    pictures: list[Picture] = []
     with tqdm(cases, desc="test", unit="volume", disable=None) as bar:
         for case in bar:
             number = numbers[case]
-            prediction = predict_volume(
-                model,
-                cache,
-                number,
-                grid,
+            prediction = predict_stack(
+                [Member(model, grid, cache.images(number))],
+                cache.volumes[number].spacing[1:],
                 batch_size=batch_size,
                 device=device,
                 amp_dtype=amp_dtype,
@@ -109,48 +59,6 @@ def evaluate(
             table.add(case, prediction, np.asarray(cache.labels(number)))
             original = Path(cache.volumes[number].path)
             write_label_map(folder / f"{case}.nii.gz", value_of[prediction], original, cache.axis)
-            if len(pictures) < MAX_PICTURES:
-                pictures.append(picture(cache, number, prediction, grid))
             mean = table.result()["dice_mean"]
             bar.set_postfix(dice="none" if mean is None else f"{mean:.3f}")
-    return table.result(), pictures
-
-
-def picture(cache: SliceCache, number: int, prediction: np.ndarray, grid: PixelGrid) -> Picture:
-    """The slice of volume `number` that shows most foreground."""
-    truth = np.asarray(cache.labels(number))
-    position = int((truth > 0).sum(axis=(1, 2)).argmax())
-    volume = cache.volumes[number]
-    index = np.flatnonzero(cache.slice_volume == number)[position : position + 1]
-    image = SliceDataset(cache, index, grid)[0]["image"]
-    true, predicted = (
-        fit_slice(labels[position], volume.spacing[1:], grid) for labels in (truth, prediction)
-    )
-    shown = (image[0] * 255).round().byte().numpy()
-    return Picture(shown, true, predicted, volume.case, position)
-
-
-def write_pictures(path: Path, stage: str, pictures: Sequence[Picture]) -> None:
-    """Puts the pictures of one stage into overlays.npz, beside those of other stages.
-
-    Arrays, no pickles: image, truth, prediction (n, S, S) uint8; case, slice, stage (n,).
-    """
-    new = {
-        name: np.stack([getattr(picture, name) for picture in pictures])
-        for name in ("image", "truth", "prediction", "case", "slice")
-    }
-    new["stage"] = np.full(len(pictures), stage)
-    if path.is_file():
-        with np.load(path, allow_pickle=False) as old:
-            others = old["stage"] != stage
-            new = {name: np.concatenate([old[name][others], new[name]]) for name in new}
-    buffer = io.BytesIO()
-    np.savez_compressed(buffer, **new)  # type: ignore[arg-type]
-    write_bytes_atomic(path, buffer.getvalue())
-
-
-def autocast(device: torch.device, amp_dtype: torch.dtype | None) -> torch.autocast:
-    """Lower precision on CUDA only; on the CPU it costs more than it saves."""
-    return torch.autocast(
-        device.type, dtype=amp_dtype, enabled=amp_dtype is not None and device.type == "cuda"
-    )
+    return table.result()

@@ -1,7 +1,8 @@
-"""Fine-tuning: trains a whole U-Net on labelled slices, augmented in batches on the device."""
+"""Fine-tuning: trains encoder and decoder on labelled slices, augmented on the device."""
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -11,20 +12,24 @@ from tqdm import tqdm
 
 from medmoco.data.views import ViewConfig, change_intensities
 from medmoco.errors import UserError
-from medmoco.evaluation import autocast
 from medmoco.losses import dice_cross_entropy
+from medmoco.prediction import autocast
+from medmoco.sampling import ForegroundSampler
 from medmoco.signals import leave_stopping_to_the_trainer
+from medmoco.validation import BestWeights, dice_of, mean_dice, overlap, validate
 
-EMPTY_SHARE = 1 / 3  # slices without foreground, per slice with foreground
 WEIGHT_DECAY = 1e-2
 WARMUP = 0.05  # share of the steps
+POLY_POWER = 0.9  # as nnU-Net
 CLIP_NORM = 12.0  # as nnU-Net: only stops the rare explosion
 
 ROTATION = math.radians(15)
 SCALE = (0.85, 1.2)
 SHIFT = 0.1  # share of the canvas, either way
 
-Log = Callable[[int, int, float, float], None]  # epoch, step, loss, learning rate
+Dice = list[float | None]  # of each class but the background
+# Epoch, step, loss, learning rate; Dice on the batches, and on the validation's slices.
+Log = Callable[[int, int, float, float, Dice, Dice | None], None]
 
 
 def default_epochs(batches: int) -> int:
@@ -35,7 +40,7 @@ def default_epochs(batches: int) -> int:
 def finetune(
     model: nn.Module,
     dataset: Dataset,
-    has_foreground: Tensor,
+    shown: Tensor,
     *,
     epochs: int | None,
     batch_size: int,
@@ -45,16 +50,20 @@ def finetune(
     amp_dtype: torch.dtype | None,
     workers: int,
     log: Log,
-) -> None:
+    schedule: str = "cosine",
+    class_weights: Tensor | None = None,
+    validation: Dataset | None = None,
+    patience: int | None = None,
+) -> dict[str, Any]:
     """Trains `model` in place and leaves it in eval mode.
 
-    AdamW, cosine schedule after a short warm-up, Dice + cross-entropy. The last weights count:
-    nothing is selected on labels.
+    AdamW, a schedule with a short warm-up, Dice + cross-entropy. The last weights count, nothing
+    is selected on labels, unless there is a validation: then those of its best epoch do.
 
     Args:
         model: image (B, 1, S, S) to logits, on `device`.
         dataset: SliceDataset with labels.
-        has_foreground: (items,) bool; slices without any are drawn less.
+        shown: (items, classes) bool, which classes a slice shows, see `ForegroundSampler`.
         epochs: passes over the slices with foreground; None for `default_epochs`.
         batch_size: slices a step.
         lr: peak learning rate.
@@ -62,14 +71,21 @@ def finetune(
         device: where to train.
         amp_dtype: of autocast, None for float32 throughout.
         workers: processes that read slices.
-        log: is told the mean loss after each epoch.
+        log: is told of each epoch.
+        schedule: "cosine" or "poly".
+        class_weights: (classes,) of the cross-entropy, see `dice_cross_entropy`.
+        validation: slices with labels of other patients.
+        patience: epochs without a better Dice on the validation before the training stops.
+
+    Returns:
+        "missed": indices of the classes that the last epoch never found in the training slices.
+        With a validation also "best_epoch", "epochs" trained, and "validation_dice" of the best.
 
     Raises:
         UserError: the loss is not finite.
     """
-    order_generator = torch.Generator().manual_seed(seed)
     generator = torch.Generator(device).manual_seed(seed)
-    sampler = ForegroundSampler(has_foreground, order_generator)
+    sampler = ForegroundSampler(shown, torch.Generator().manual_seed(seed))
     batches = DataLoader(
         dataset,
         batch_size,
@@ -81,63 +97,107 @@ def finetune(
     epochs = epochs or default_epochs(len(batches))
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=WEIGHT_DECAY)
     total = epochs * len(batches)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: warmup_cosine(step, total))
+    share = SCHEDULES[schedule]
+    rates = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: share(step, total))
+    if class_weights is not None:
+        class_weights = class_weights.to(device)
 
+    best = BestWeights(patience)
     model.train()
     with tqdm(total=total, desc="finetune", unit="step", disable=None) as bar:
         for epoch in range(1, epochs + 1):
-            seen = []
+            losses, counts = [], []
             for batch in batches:
                 image = batch["image"].to(device, non_blocking=True)
                 label = batch["label"].to(device, non_blocking=True)
                 image, label = augment(image, label, generator)
                 with autocast(device, amp_dtype):
                     logits = model(image)
-                loss, dice = dice_cross_entropy(logits, label)
+                loss, _ = dice_cross_entropy(logits, label, class_weights=class_weights)
                 optimizer.zero_grad(set_to_none=True)
                 loss.backward()
                 nn.utils.clip_grad_norm_(model.parameters(), CLIP_NORM)
                 optimizer.step()
-                schedule.step()
-                seen.append(torch.stack([loss.detach(), dice]))
+                rates.step()
+                losses.append(loss.detach())
+                counts.append(overlap(logits.detach(), label))
                 bar.update()
-            mean_loss, mean_dice = torch.stack(seen).mean(0).tolist()
+            mean_loss = torch.stack(losses).mean().item()
             if not math.isfinite(mean_loss):
                 raise UserError(f"--lr {lr}: the loss of fine-tuning is {mean_loss}; lower it")
-            rate = float(schedule.get_last_lr()[0])
-            bar.set_postfix(epoch=epoch, loss=f"{mean_loss:.4f}", dice=f"{mean_dice:.3f}")
-            if bar.disable:  # no terminal: a line an epoch for the log
-                shown = f"loss {mean_loss:.4f}, dice {mean_dice:.3f}"
-                print(f"finetune: epoch {epoch} of {epochs}: {shown}", flush=True)
-            log(epoch, epoch * len(batches), mean_loss, rate)
+            dice = dice_of(torch.stack(counts).sum(dim=0))
+            validated, stop = None, False
+            if validation is not None:
+                validated = validate(model, validation, batch_size, device, amp_dtype)
+                stop = best.add(epoch, mean_dice(validated), model)
+            tell(bar, epoch, epochs, {"loss": mean_loss, "dice": mean_dice(dice)}, validated)
+            rate = float(rates.get_last_lr()[0])
+            log(epoch, epoch * len(batches), mean_loss, rate, dice, validated)
+            if stop:
+                print(f"finetune: no better validation since epoch {best.epoch}: stopped")
+                break
     model.eval()
+    shown_classes = shown.any(dim=0).tolist()
+    about: dict[str, Any] = {
+        "missed": [c for c, found in enumerate(dice, start=1) if found == 0 and shown_classes[c]]
+    }
+    if validation is not None:
+        best.restore(model)
+        about |= {"best_epoch": best.epoch, "epochs": epoch, "validation_dice": best.dice}
+    return about
 
 
-class ForegroundSampler(torch.utils.data.Sampler[int]):
-    """Every slice with foreground once an epoch, and a third as many without, drawn anew."""
-
-    def __init__(self, has_foreground: Tensor, generator: torch.Generator):
-        self.generator = generator
-        self.full = has_foreground.nonzero().squeeze(1)
-        self.empty = (~has_foreground).nonzero().squeeze(1)
-        few = math.ceil(EMPTY_SHARE * len(self.full))
-        self.empty_drawn = min(len(self.empty), few) if len(self.full) else len(self.empty)
-
-    def __len__(self) -> int:
-        return len(self.full) + self.empty_drawn
-
-    def __iter__(self) -> Iterator[int]:
-        drawn = torch.randperm(len(self.empty), generator=self.generator)[: self.empty_drawn]
-        items = torch.cat([self.full, self.empty[drawn]])
-        yield from items[torch.randperm(len(items), generator=self.generator)].tolist()
+def tell(
+    bar: tqdm, epoch: int, epochs: int, means: dict[str, float | None], validated: Dice | None
+) -> None:
+    """Shows an epoch at the progress bar; without a terminal, as a line of the log."""
+    if validated is not None:
+        means = means | {"validation": mean_dice(validated)}
+    shown = {name: "none" if mean is None else f"{mean:.4f}" for name, mean in means.items()}
+    bar.set_postfix({"epoch": epoch, **shown})
+    if bar.disable:
+        words = ", ".join(f"{name} {value}" for name, value in shown.items())
+        print(f"finetune: epoch {epoch} of {epochs}: {words}", flush=True)
 
 
 def warmup_cosine(step: int, total: int) -> float:
     """Share of the peak learning rate: linear warm-up, then a cosine to zero."""
+    return _warmed_up(step, total, lambda done: 0.5 * (1 + math.cos(math.pi * done)))
+
+
+def warmup_poly(step: int, total: int) -> float:
+    """Share of the peak learning rate: linear warm-up, then (1 - done)^0.9."""
+    return _warmed_up(step, total, lambda done: (1 - done) ** POLY_POWER)
+
+
+SCHEDULES = {"cosine": warmup_cosine, "poly": warmup_poly}
+
+
+def _warmed_up(step: int, total: int, falling: Callable[[float], float]) -> float:
     warmup = max(1, int(WARMUP * total))
     if step < warmup:
         return (step + 1) / warmup
-    return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, total - warmup)))
+    return falling(min(1.0, (step - warmup) / max(1, total - warmup)))
+
+
+@torch.no_grad()
+def start_from_frequencies(classifier: nn.Conv2d, pixels: Tensor) -> None:
+    """Sets the bias so that an untrained network predicts each class as often as it occurs [1].
+
+    With a bias of 0 every pixel starts at 1/classes, and the first hundred steps do nothing but
+    push down the logits of small organs, so far that softmax leaves them no gradient: with few
+    steps they never come back.
+
+    Args:
+        classifier: of the network, classes on its output.
+        pixels: (classes,) number of pixels of each class, on the canvases to train on.
+
+    [1] Lin et al., 2017, arXiv:1708.02002, section 4.1.
+    """
+    assert classifier.bias is not None
+    share = pixels.double() / pixels.sum()
+    logits = share.clamp(min=1 / float(pixels.sum())).log()
+    classifier.bias.copy_(logits - logits.mean())
 
 
 def augment(image: Tensor, label: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:

@@ -35,8 +35,14 @@ def open_labelled(config: "SegmentConfig", metadata: dict[str, Any]) -> tuple[Sl
         UserError: what is wrong with the folder, the split or any of the files.
     """
     task, split = read_split(config)
+    cache = open_slices(config, task, metadata)
+    return cache, without_bad(split, cache)
+
+
+def open_slices(config: "SegmentConfig", task: Task, metadata: dict[str, Any]) -> SliceCache:
+    """The slices of all cases of the task with their labels; arguments as `open_labelled`."""
     assert config.cache is not None
-    cache = build_cache(
+    return build_cache(
         task_sources(task),
         cache_settings(config, task, metadata),
         config.cache,
@@ -44,7 +50,6 @@ def open_labelled(config: "SegmentConfig", metadata: dict[str, Any]) -> tuple[Sl
         values=task.values,
         skip_bad=config.skip_bad,
     )
-    return cache, without_bad(split, cache)
 
 
 def read_split(config: "SegmentConfig") -> tuple[Task, Split]:
@@ -53,14 +58,23 @@ def read_split(config: "SegmentConfig") -> tuple[Task, Split]:
     Raises:
         UserError: what is wrong with the folder or the split.
     """
+    task = read_cases(config)
+    split = split_task(task, config.split, config.label_fraction, config.seed, config.test_fraction)
+    return task, split
+
+
+def read_cases(config: "SegmentConfig") -> Task:
+    """The task without the cases of --exclude; opens no volume.
+
+    Raises:
+        UserError: what is wrong with the folder.
+    """
     if config.task is None:
         raise UserError("--task: expected the folder of a labelled data set, got none")
     task = read_task(config.task, config.patients)
     left_out = read_case_list(config.exclude) if config.exclude else frozenset()
     cases = tuple(case for case in task.cases if not {case.name, case.patient} & left_out)
-    task = dataclasses.replace(task, cases=cases)
-    split = split_task(task, config.split, config.label_fraction, config.seed, config.test_fraction)
-    return task, split
+    return dataclasses.replace(task, cases=cases)
 
 
 def without_bad(split: Split, cache: SliceCache) -> Split:
@@ -138,7 +152,20 @@ def _spacing_that_fits(
     return None if wanted is None else max(wanted, fits)
 
 
-def foreground_slices(cache: SliceCache, indices: np.ndarray) -> Tensor:
-    """(len(indices),) bool: which of these slices show anything but background."""
-    shown = [cache.labels(v).any(axis=(1, 2)) for v in range(len(cache.volumes))]
-    return torch.from_numpy(np.concatenate(shown)[indices])
+def class_pixels(cache: SliceCache, indices: np.ndarray, grid: PixelGrid) -> Tensor:
+    """(len(indices), classes) float64: how many pixels of its canvas each class covers in a slice.
+
+    Counted on the slice's own pixels and scaled by their area; what is no part of the slice is
+    background.
+    """
+    classes = len(cache.classes)
+    pixels = np.zeros((len(indices), classes))
+    for number in np.unique(cache.slice_volume[indices]):
+        rows = np.flatnonzero(cache.slice_volume[indices] == number)
+        labels = np.asarray(cache.labels(number))[cache.slice_position[indices[rows]]]
+        offset = classes * np.arange(len(rows))[:, None, None]
+        counts = np.bincount((labels + offset).ravel(), minlength=classes * len(rows))
+        area = math.prod(cache.volumes[number].spacing[1:]) / grid.spacing**2
+        pixels[rows] = area * counts.reshape(len(rows), classes)
+    pixels[:, 0] = np.maximum(0, grid.size**2 - pixels[:, 1:].sum(axis=1))
+    return torch.from_numpy(pixels)

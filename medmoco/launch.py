@@ -13,6 +13,7 @@ import torch
 import medmoco
 from medmoco.config import to_json
 from medmoco.errors import UserError
+from medmoco.event_files import require_tensorboard
 from medmoco.output import CONFIG_NAME, check_output, prepare_output, write_json
 
 Config = TypeVar("Config", bound=Any)  # a configuration with output, cache, resume and overwrite
@@ -50,9 +51,12 @@ def choose_output(config: Config, name: str) -> Config:
 
     Raises:
         UserError: the folder cannot be used, see `check_output`, or the cache would lie in it; or
-            there is no --device, which is better known before volumes are read.
+            there is no --device, or no package for --tensorboard, which is better known before
+            volumes are read.
     """
     choose_device(config.device)
+    if config.tensorboard:
+        require_tensorboard()
     output = config.output or Path("runs") / f"{time.strftime('%Y%m%d-%H%M%S')}-{name}"
     if output.name in ("", ".."):  # "." has no parent to put a cache in
         output = output.resolve()
@@ -63,8 +67,13 @@ def choose_output(config: Config, name: str) -> Config:
     return dataclasses.replace(config, output=output, cache=cache)
 
 
-def create_run(config: Any, command: str) -> None:
+def create_run(config: Any, command: str, **more: Any) -> None:
     """Makes the output folder and writes config.json, from which --resume and --config read.
+
+    Args:
+        config: the flags.
+        command: that makes the run.
+        more: what else config.json is to hold.
 
     Raises:
         UserError: the folder cannot be made, or --resume means a run of another command.
@@ -81,4 +90,4 @@ def create_run(config: Any, command: str) -> None:
         # A run is made once: how to treat an existing folder is no part of what it is.
         made = dataclasses.replace(config, resume=False, overwrite=False)
         about = {"medmoco": medmoco.__version__, "command": command, "argv": sys.argv[1:]}
-        write_json(config.output / CONFIG_NAME, about | to_json(made))
+        write_json(config.output / CONFIG_NAME, about | more | to_json(made))

@@ -14,6 +14,7 @@ from medmoco.launch import choose_device, choose_workers
 from medmoco.models.branch import Branch
 from medmoco.models.encoder import Encoder, default_output_stride
 from medmoco.models.moco import SHUFFLE_SPLIT, MoCo
+from medmoco.models.weights import Weights
 from medmoco.models.whitening import (
     SAMPLES_A_CHANNEL,
     IterNorm,
@@ -193,8 +194,11 @@ def whitening_group(config: "PretrainConfig", channels: int) -> int:
     return group
 
 
-def build_model(config: "PretrainConfig") -> MoCo:
+def build_model(config: "PretrainConfig", initial: Weights | None = None) -> MoCo:
     """The model that a resolved configuration describes, on the CPU, seeded.
+
+    Args:
+        initial: what both encoders start from, instead of random weights.
 
     Raises:
         UserError: the feature map is smaller than the region grid, or the batch too small to
@@ -202,6 +206,8 @@ def build_model(config: "PretrainConfig") -> MoCo:
     """
     torch.manual_seed(config.seed)
     encoder = Encoder(config.arch, config.width, config.output_stride)
+    if initial is not None:
+        initial.load_into(encoder)
     cells = config.image_size // config.output_stride
     if config.local == "regions" and cells < config.regions:
         raise UserError(

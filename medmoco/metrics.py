@@ -1,8 +1,14 @@
-"""Overlap of label maps: Dice per volume and pooled over a set, background excluded."""
+"""Overlap of label maps: Dice per volume and pooled over a set, background excluded.
 
+Distances between surfaces: `surface_distance.py`; all of a case's scores: `scores.py`.
+"""
+
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
+
+CHUNK = 1 << 18  # voxels
 
 
 def overlap_counts(prediction: np.ndarray, truth: np.ndarray, classes: int) -> np.ndarray:
@@ -26,15 +32,26 @@ def overlap_counts(prediction: np.ndarray, truth: np.ndarray, classes: int) -> n
             raise ValueError(
                 f"{name} must hold classes 0 to {classes - 1}, got {labels.min()} to {labels.max()}"
             )
-    pairs = truth.ravel().astype(np.int64) * classes + prediction.ravel()
-    joint = np.bincount(pairs, minlength=classes**2).reshape(classes, classes)
+    counts = np.zeros(classes**2, np.int64)
+    true, predicted = truth.ravel(), prediction.ravel()
+    for start in range(0, truth.size, CHUNK):  # bincount takes 8 bytes a voxel
+        part = slice(start, start + CHUNK)
+        pairs = true[part].astype(np.int64) * classes + predicted[part]
+        counts += np.bincount(pairs, minlength=classes**2)
+    joint = counts.reshape(classes, classes)
     return np.stack([joint.diagonal(), joint.sum(axis=0), joint.sum(axis=1)], axis=1)
 
 
-def dice_from_counts(counts: np.ndarray) -> float | None:
+def dice_from_counts(counts: Iterable[int]) -> float | None:
     """2 |P and G| / (|P| + |G|) of one row of `overlap_counts`; None if both are empty."""
     both, predicted, true = (int(count) for count in counts)
     return 2 * both / (predicted + true) if predicted + true else None
+
+
+def iou_from_counts(counts: Iterable[int]) -> float | None:
+    """|P and G| / |P or G| of one row of `overlap_counts`; None if both are empty."""
+    both, predicted, true = (int(count) for count in counts)
+    return both / (predicted + true - both) if predicted + true else None
 
 
 class DiceTable:

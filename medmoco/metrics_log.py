@@ -1,27 +1,55 @@
-"""metrics.jsonl and the clock of the training loop."""
+"""metrics.jsonl, what is made of it for spreadsheets and TensorBoard, and the loop's clock."""
 
 import json
 import math
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import TracebackType
 from typing import Any
 
 from torch import Tensor
 
+from medmoco.epoch_table import EpochTable
 from medmoco.errors import UserError
+from medmoco.event_files import EventFiles, run_of
 from medmoco.output import append_jsonl, write_text
+
+CSV_SECONDS = 10.0  # between two writings of metrics.csv, which is written whole
 
 
 class MetricsLog:
     """Collects a record a step and writes them together.
 
     Losses stay on the device until `flush`, so that logging waits for it once in a while only.
+    Beside metrics.jsonl lie metrics.csv, complete once the log is closed, and, if asked for, the
+    folder tensorboard/; both are made from the same records.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, tensorboard: bool = False) -> None:
         self.path = path
         self._held: list[dict[str, Any]] = []
+        self._epochs = EpochTable()
+        self._csv_due = time.monotonic() + CSV_SECONDS
+        self._events = EventFiles(path.parent / "tensorboard") if tensorboard else None
+
+    def __enter__(self) -> "MetricsLog":
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        at: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Writes what lies beside metrics.jsonl; the log may be written to again."""
+        if self.path.is_file():
+            self._epochs.write(self.path.with_suffix(".csv"))
+        if self._events is not None:
+            self._events.close()
 
     def hold(self, record: dict[str, Any]) -> None:
         self._held.append(record)
@@ -40,34 +68,58 @@ class MetricsLog:
                     f"the loss is {record['loss']} at step {record['step']}: start again with a "
                     "lower --lr, or with --amp-dtype float32"
                 )
-            append_jsonl(self.path, record)
+            self._append(record)
+        self._update()
         return records
 
     def write(self, record: dict[str, Any]) -> None:
+        self._append(record)
+        self._update()
+
+    def _append(self, record: dict[str, Any]) -> None:
         append_jsonl(self.path, record)
+        self._epochs.add(record)
+        if self._events is not None:
+            self._events.add(record)
+
+    def _update(self) -> None:
+        if self._events is not None:
+            self._events.flush()
+        if time.monotonic() > self._csv_due:
+            self._epochs.write(self.path.with_suffix(".csv"))
+            self._csv_due = time.monotonic() + CSV_SECONDS
 
     def forget_after(self, step: int, diagnosed: int) -> None:
         """Drops what a resumed run writes again: steps beyond `step`, diagnoses beyond that of step
         `diagnosed`."""
         last = {"pretrain": step, "diagnostics": diagnosed}
-        self._keep(lambda record: record["step"] <= last.get(record["stage"], math.inf))
+        self._keep(
+            lambda record: record["step"] <= last.get(record["stage"], math.inf), run="pretrain"
+        )
 
     def forget_training(self, stage: str, encoder: str) -> None:
         """Drops the records of a segmentation model that is trained anew."""
-        self._keep(lambda record: (record["stage"], record.get("encoder")) != (stage, encoder))
+        dropped = {"stage": stage, "encoder": encoder}
+        self._keep(lambda record: not dropped.items() <= record.items(), run=run_of(dropped))
 
-    def _keep(self, wanted: Callable[[dict[str, Any]], bool]) -> None:
-        """A line that was cut off by a kill is no record, and goes too."""
+    def _keep(self, wanted: Callable[[dict[str, Any]], bool], run: str) -> None:
+        """Drops records of `run`. A line that was cut off by a kill is no record, and goes too."""
         if not self.path.is_file():
             return
-        kept = []
+        kept: list[tuple[str, dict[str, Any]]] = []
         for line in self.path.read_text("utf-8").splitlines():
             try:
-                if wanted(json.loads(line)):
-                    kept.append(line + "\n")
-            except (ValueError, KeyError, TypeError):
+                record = json.loads(line)
+                if wanted(record):
+                    kept.append((line + "\n", record))
+            except (ValueError, KeyError, TypeError, AttributeError):
                 continue
-        write_text(self.path, "".join(kept))
+        write_text(self.path, "".join(line for line, _ in kept))
+        self._epochs = EpochTable()
+        for _, record in kept:
+            self._epochs.add(record)
+        if self._events is not None:
+            self._events.rebuild(run, (record for _, record in kept))
 
 
 class StepClock:

@@ -1,12 +1,16 @@
 """Everything that is written to disk goes through here: whole files or none."""
 
+import glob
 import io
 import json
 import os
+import re
 import shutil
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 
@@ -72,13 +76,17 @@ def _is_run(folder: Path) -> bool:
     return isinstance(content, dict) and "medmoco" in content
 
 
-def write_bytes_atomic(path: Path, content: bytes) -> None:
-    """Writes a file that appears whole or not at all, even if the machine stops."""
+@contextmanager
+def atomic_file(path: Path) -> Iterator[BinaryIO]:
+    """A file to write to that appears whole or not at all, even if the machine stops.
+
+    Until the end of the context it is a hidden one beside `path`.
+    """
     path = Path(path)
     handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
     try:
         with os.fdopen(handle, "wb") as file:
-            file.write(content)
+            yield file
             file.flush()
             os.fsync(file.fileno())
         os.chmod(temporary, 0o644)  # mkstemp gives 0600, too narrow for shared folders
@@ -91,6 +99,20 @@ def write_bytes_atomic(path: Path, content: bytes) -> None:
         os.fsync(directory)  # the rename itself must survive a power cut
     finally:
         os.close(directory)
+
+
+def remove_leftovers(path: Path) -> None:
+    """Deletes what a process that was killed has left of writing `path`."""
+    ours = re.compile(re.escape(f".{path.name}.") + r"\w{8}")
+    for found in path.parent.glob(f".{glob.escape(path.name)}.*"):
+        if ours.fullmatch(found.name):
+            found.unlink(missing_ok=True)
+
+
+def write_bytes_atomic(path: Path, content: bytes) -> None:
+    """Writes a file that appears whole or not at all, even if the machine stops."""
+    with atomic_file(path) as file:
+        file.write(content)
 
 
 def write_text(path: Path, text: str) -> None:

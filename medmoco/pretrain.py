@@ -13,7 +13,8 @@ from medmoco.data.sources import folder_sources, read_case_list
 from medmoco.data.store import CacheSettings, SliceCache
 from medmoco.errors import UserError
 from medmoco.launch import choose_output, create_run
-from medmoco.methods import COMMON, PRESETS, resolve
+from medmoco.methods import COMMON, PRESETS, Config, resolve
+from medmoco.models.weights import read_weights, with_architecture
 from medmoco.output import write_json
 from medmoco.pretraining import Pretraining
 from medmoco.report import write_plots, write_report
@@ -26,12 +27,17 @@ class PretrainConfig:
     data: Path | None = option(None, "folder of .nii/.nii.gz volumes, searched recursively")
     output: Path = option(None, "folder of the run; default runs/<time>-<method>")
     method: str = option("medmoco", "preset of other flags", choices=tuple(PRESETS))
+    init: Path | None = option(
+        None,
+        "weights to start from: encoder.pt, a torchvision ResNet, or a checkpoint of MoCo or the "
+        "like",
+    )
     arch: str = option(
         None,
-        "encoder; default resnet18 below 50,000 slices, else resnet50",
+        "encoder; default that of --init, else resnet18 below 50,000 slices, then resnet50",
         choices=("resnet18", "resnet34", "resnet50"),
     )
-    width: float = option(None, "scales the encoder's channels; default 1")
+    width: float = option(None, "scales the encoder's channels; default that of --init, else 1")
     image_size: int = option(
         None, f"pixels of a view, square; default {COMMON['image_size']}", least=4
     )
@@ -136,11 +142,12 @@ class PretrainConfig:
         None, "autocast; default bfloat16 on CUDA", choices=("bfloat16", "float32")
     )
     seed: int = option(0, "of weights, order and views", least=0, most=MAX_SEED)
+    tensorboard: bool = option(False, "also write event files for TensorBoard, in tensorboard/")
     resume: bool = option(False, "go on with the run in --output")
     overwrite: bool = option(False, "delete the run in --output first")
 
     RESUME_MAY_CHANGE: ClassVar[frozenset[str]] = frozenset(
-        {"device", "workers", "cache", "overwrite"}
+        {"device", "workers", "cache", "overwrite", "tensorboard"}
     )
     OTHER_MEANING_IN: ClassVar[frozenset[str]] = frozenset({"segment"})
 
@@ -164,10 +171,24 @@ def open_slices(config: PretrainConfig, exclude: Iterable[str] = ()) -> SliceCac
     return build_cache(sources, settings, config.cache, skip_bad=config.skip_bad)
 
 
+def with_init(config: Config) -> Config:
+    """Looks at --init; --arch and --width become those of its file.
+
+    Raises:
+        UserError: the file holds no weights that fit, or contradicts --arch or --width.
+    """
+    if config.init is None or config.resume:  # a run that goes on has written them down
+        return config
+    weights = read_weights(config.init)
+    config = with_architecture(config, weights)
+    print(f"init: {weights.about}")
+    return config
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     """The command `medmoco pretrain`."""
     config = parse(PretrainConfig, argv, prog="medmoco pretrain", description=__doc__)
-    config = choose_output(config, config.method)
+    config = with_init(choose_output(config, config.method))
     cache = open_slices(config)
     config = resolve(config, cache)
     run = Pretraining(config, cache)

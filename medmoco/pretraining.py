@@ -25,6 +25,8 @@ from medmoco.methods import build_model
 from medmoco.metrics_log import MetricsLog, StepClock
 from medmoco.models.encoder import save_encoder
 from medmoco.models.moco import recalibrate_batchnorm, train_step
+from medmoco.models.weights import read_weights
+from medmoco.models.whitening import map_whitening_state
 from medmoco.signals import Stopped, StopRequest
 
 if TYPE_CHECKING:
@@ -57,7 +59,11 @@ class Pretraining:
         self.cache = cache
         self.output = output = config.output
         self.device = torch.device(config.device)
-        self.model = build_model(config).to(self.device)
+        self.checkpoint = output / "checkpoints" / "last.pt"
+        initial = None
+        if config.init is not None and not (config.resume and self.checkpoint.is_file()):
+            initial = read_weights(config.init)
+        self.model = build_model(config, initial).to(self.device)
         if self.device.type == "cuda":
             self.model = self.model.to(memory_format=torch.channels_last)
         self.generator = torch.Generator(self.device).manual_seed(config.seed)
@@ -80,8 +86,7 @@ class Pretraining:
         )
         self.total_steps = config.epochs * self.sampler.batches
         self.step = 0  # steps taken
-        self.checkpoint = output / "checkpoints" / "last.pt"
-        self.metrics = MetricsLog(output / "metrics.jsonl")
+        self.metrics = MetricsLog(output / "metrics.jsonl", config.tensorboard)
         self.chance = math.log(config.queue_size + 1)  # the loss of guessing, in nats
         self.losses = [0.0, 0]  # global losses of the epoch so far: their sum and number
         self.diagnostics: dict[str, Any] = {}
@@ -102,7 +107,7 @@ class Pretraining:
         if self.config.resume:
             self.restore()
         print(self._introduction(), flush=True)
-        with StopRequest() as stop, self._progress_bar() as bar:
+        with self.metrics, StopRequest() as stop, self._progress_bar() as bar:
             if not self.diagnostics:
                 bar.set_postfix_str(f"filling the queue with {self.config.queue_size:,} keys")
                 self._start(stop)
@@ -322,6 +327,7 @@ class Pretraining:
             "modality": self.cache.modality,
             "window": (config.window_low, config.window_high),
             "slice_axis": self.cache.axis,
+            "whitening": map_whitening_state(self.model.query.whitening),
             "patients": sorted({volume.patient for volume in self.cache.volumes}),
         }
 

@@ -8,16 +8,32 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
+import torch
+
 import medmoco
 from medmoco.command import run_command
 from medmoco.config import MAX_SEED, option, parse
+from medmoco.cross_validation import finished_folds, fold_lines, fold_name, over_folds
+from medmoco.data.folds import FOLDS_NAME, choose_folds, label_share, split_folds, write_folds
+from medmoco.data.slices import PixelGrid
 from medmoco.data.splits import write_split
-from medmoco.downstream import Segmentation, unet_stride
+from medmoco.data.store import SliceCache
+from medmoco.downstream import Segmentation, default_stride
 from medmoco.errors import UserError
-from medmoco.labelled import image_grid, open_labelled, pretraining_overlap
+from medmoco.labelled import (
+    image_grid,
+    open_labelled,
+    open_slices,
+    pretraining_overlap,
+    read_cases,
+    without_bad,
+)
 from medmoco.launch import choose_output, create_run
-from medmoco.models.encoder import Encoder, load_encoder
-from medmoco.output import write_json
+from medmoco.models.encoder import Encoder
+from medmoco.models.weights import read_weights, with_architecture
+from medmoco.models.whitening import keep_whitening
+from medmoco.output import CONFIG_NAME, write_json
+from medmoco.report.cases import write_cases
 from medmoco.signals import stopping_at_once
 
 CONTROLS = {"linear": "random", "finetune": "scratch"}
@@ -29,19 +45,50 @@ class SegmentConfig:
 
     task: Path | None = option(None, "labelled data: Decathlon, nnU-Net or img/ and label/")
     output: Path | None = option(None, "folder of the run")
-    encoder: Path | None = option(None, "encoder.pt of a pretraining run; without it, the controls")
+    encoder: Path | None = option(
+        None, "encoder.pt of a pretraining run, weights of a torchvision ResNet, or a checkpoint "
+        "of MoCo or the like; without it, the controls",
+    )  # fmt: skip
+    keep_whitening: bool = option(
+        False, "let the last map pass through the whitening that stood after pooling in pretraining"
+    )
     mode: str = option("both", "what to do", choices=("linear", "finetune", "both"))
     controls: bool = option(
-        True, "also run a frozen random encoder (linear) and a U-Net from scratch (finetune)"
+        True, "also run a frozen random encoder (linear) and fine-tuning from scratch (finetune)"
     )
     label_fraction: float = option(1.0, "share of the training patients whose labels are used")
-    split: Path | None = option(None, 'JSON file {"pretrain": [], "train": [], "test": []}')
-    test_fraction: float = option(0.2, "share of the patients to test on, without --split")
+    split: Path | None = option(
+        None, 'JSON file {"pretrain": [], "train": [], "test": []}, or nnU-Net\'s splits_final.json'
+    )
+    test_fraction: float = option(
+        0.2, "share of the patients to test on, without --split and --folds"
+    )
+    folds: int | None = option(
+        None, "cross-validation: parts of the patients, each tested once", least=2
+    )
+    fold: str | None = option(
+        None, "all, or the number of one from 0; default: all of --folds, 0 of a list as --split"
+    )
     epochs: int | None = option(
         None, "of fine-tuning: passes over the slices with foreground; default 30, less for many"
     )
     batch_size: int = option(16, "slices a step of fine-tuning")
     lr: float = option(2e-3, "peak learning rate of fine-tuning")
+    schedule: str = option("cosine", "of the learning rate", choices=("cosine", "poly"))
+    class_weights: str = option(
+        "none", "of the cross-entropy; inverse: square root of the inverse frequency",
+        choices=("none", "inverse"),
+    )  # fmt: skip
+    validation_fraction: float = option(
+        0.0, "share of the training patients that chooses the best epoch of fine-tuning"
+    )
+    patience: int | None = option(
+        None, "epochs without a better validation before fine-tuning stops", least=1
+    )
+    decoder: str = option(
+        "unet", "network of fine-tuning on the encoder: U-Net or DeepLabv3+",
+        choices=("unet", "deeplab"),
+    )  # fmt: skip
     arch: str | None = option(
         None, "of the encoder; default the file's or resnet18",
         choices=("resnet18", "resnet34", "resnet50"),
@@ -50,8 +97,10 @@ class SegmentConfig:
     image_size: int | None = option(None, "pixels of an image, square; default holds every slice")
     spacing: float | None = option(None, "mm a pixel; default the file's or the set's median")
     output_stride: int | None = option(
-        None, "of the U-Net's encoder; linear evaluation is at 4", choices=(4, 8, 16, 32)
-    )
+        None, "of the encoder in fine-tuning; default 8 for deeplab, of a U-Net by the image size; "
+        "linear evaluation is at 4",
+        choices=(4, 8, 16, 32),
+    )  # fmt: skip
     modality: str = option("auto", "intensity scaling", choices=("auto", "ct", "mr"))
     window_low: float | None = option(None, "lower end of the CT window, HU; default -175")
     window_high: float | None = option(None, "upper end of the CT window, HU; default 250")
@@ -72,11 +121,12 @@ class SegmentConfig:
         None, "autocast on CUDA; default bfloat16", choices=("bfloat16", "float32")
     )
     seed: int = option(0, "of split, weights, order and augmentation", least=0, most=MAX_SEED)
+    tensorboard: bool = option(False, "also write event files for TensorBoard, in tensorboard/")
     resume: bool = option(False, "repeat only what the run in --output has not finished")
     overwrite: bool = option(False, "delete the run in --output first")
 
     RESUME_MAY_CHANGE: ClassVar[frozenset[str]] = frozenset(
-        {"device", "workers", "cache", "overwrite"}
+        {"device", "workers", "cache", "overwrite", "fold", "tensorboard"}
     )
     OTHER_MEANING_IN: ClassVar[frozenset[str]] = frozenset({"pretrain", "train"})
 
@@ -92,41 +142,65 @@ def prepare(config: SegmentConfig, metadata: dict[str, Any] | None = None) -> Se
         UserError: what is wrong with the task, its files, the split or the flags.
     """
     metadata = metadata or {}
+    check_flags(config)
+    cache, split = open_labelled(config, metadata)
+    return Segmentation(config, cache, split, usable_grid(config, cache, metadata))
+
+
+def check_flags(config: SegmentConfig) -> None:
+    """Raises a UserError where a flag can be seen to be wrong without the data."""
     for name in ("epochs", "batch_size", "lr", "image_size", "spacing", "width"):
         value = getattr(config, name)
         if value is not None and not value > 0:
             raise UserError(f"--{name.replace('_', '-')}: expected a value above 0, got {value}")
-    cache, split = open_labelled(config, metadata)
+    if config.patience is not None and not config.validation_fraction:
+        raise UserError("--patience: expected --validation-fraction above 0 with it, got none")
+
+
+def usable_grid(config: SegmentConfig, cache: SliceCache, metadata: dict[str, Any]) -> PixelGrid:
+    """The pixels of the images.
+
+    Raises:
+        UserError: they are too few for the U-Net.
+    """
     grid = image_grid(cache, config, metadata)
-    stride = config.output_stride or unet_stride(grid.size)
+    stride = config.output_stride or default_stride(config.decoder, grid.size)
     if config.mode != "linear" and grid.size <= stride:
         raise UserError(
             f"--image-size {grid.size}: expected more than the {stride} pixels of a cell of the "
-            "U-Net's deepest map (--output-stride), for a single cell has no statistics"
+            "deepest map (--output-stride), for a single cell has no statistics"
         )
-    return Segmentation(config, cache, split, grid)
+    return grid
 
 
 def with_encoder(config: SegmentConfig) -> tuple[SegmentConfig, Encoder | None, dict[str, Any]]:
     """Reads --encoder; --arch and --width become those of its file, or the defaults.
 
     Raises:
-        UserError: the file is no encoder, or contradicts --arch or --width.
+        UserError: the file is no encoder, contradicts --arch or --width, or has no whitening.
     """
     if config.encoder is None:
+        if config.keep_whitening:
+            raise UserError("--keep-whitening: expected --encoder with it, got none")
         arch, width = config.arch or "resnet18", 1.0 if config.width is None else config.width
         return dataclasses.replace(config, arch=arch, width=width), None, {}
-    encoder, metadata = load_encoder(config.encoder)
-    for name in ("arch", "width"):
-        asked, found = getattr(config, name), getattr(encoder, name)
-        if asked not in (None, found):
-            raise UserError(f"{config.encoder}: --{name} {asked} was given, the file has {found}")
-    config = dataclasses.replace(config, arch=encoder.arch, width=encoder.width)
-    return config, encoder, metadata
+    weights = read_weights(config.encoder)
+    config = with_architecture(config, weights)
+    print(f"encoder: {weights.about}")
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(config.seed)  # for what the file may not have
+        encoder = Encoder(weights.arch, weights.width)
+    weights.load_into(encoder)
+    if config.keep_whitening:
+        try:
+            keep_whitening(encoder, weights.metadata.get("whitening"))
+        except UserError as error:
+            raise UserError(f"--keep-whitening: {config.encoder}: {error}") from error
+    return config, encoder.eval(), weights.metadata
 
 
 def run_stages(segmentation: Segmentation, encoder: Encoder | None, output: Path) -> dict[str, Any]:
-    """Runs what --mode and --controls ask for.
+    """Runs what --mode and --controls ask for, and keeps what the report shows of the test cases.
 
     Returns:
         The entries "linear", "finetune" (null without an encoder) and "controls" of summary.json.
@@ -142,6 +216,7 @@ def run_stages(segmentation: Segmentation, encoder: Encoder | None, output: Path
             if encoder is None or config.controls:
                 result = segmentation.run(stage, control, None, output)
                 results["controls"][f"{stage}_{control}"] = result
+        write_cases(output, segmentation.cache, results)
     return results
 
 
@@ -169,34 +244,105 @@ def _shown(dice: float | None) -> str:
     return "-" if dice is None else f"{dice:.3f}"
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    """The command `medmoco segment`."""
-    config = parse(SegmentConfig, argv, prog="medmoco segment", description=__doc__)
-    started = time.monotonic()
-    config, encoder, metadata = with_encoder(choose_output(config, "segment"))
-    segmentation = prepare(config, metadata)
-    warnings = pretraining_overlap(segmentation.cache, segmentation.split, metadata)
-    for warning in warnings:
-        print(f"warning: {warning}")
-    create_run(config, "segment")
+def run_and_summarise(
+    segmentation: Segmentation, encoder: Encoder | None, metadata: dict[str, Any]
+) -> dict[str, Any]:
+    """Writes split.json, runs the stages and writes summary.json, in --output, which exists.
+
+    Returns:
+        The content of summary.json.
+    """
+    config, cache = segmentation.config, segmentation.cache
     output = config.output
     assert output is not None
+    started = time.monotonic()
+    warnings = pretraining_overlap(cache, segmentation.split, metadata)
+    for warning in warnings:
+        print(f"warning: {warning}")
     write_split(output / "split.json", segmentation.split)
+    if encoder is not None and not metadata.get("calibrated", True):
+        segmentation.recalibrate(encoder)
     results = run_stages(segmentation, encoder, output)
     summary = {
         "medmoco": medmoco.__version__,
         "method": metadata.get("method"),
         "seed": config.seed,
-        "classes": list(segmentation.cache.classes),
+        "classes": list(cache.classes),
         **results,
-        "bad_files": [dataclasses.asdict(file) for file in segmentation.cache.bad],
+        "bad_files": [dataclasses.asdict(file) for file in cache.bad],
         "warnings": warnings,
         "seconds": {"segment": round(time.monotonic() - started, 1)},
     }
     write_json(output / "summary.json", summary)
     print(f"\nDice on {len(segmentation.split.test)} test volumes\n{dice_table(results)}")
     print(f"\nsummary:     {output / 'summary.json'}\npredictions: {output / 'predictions'}")
-    print(f"next:        python -m medmoco.report {output}")
+    return summary
+
+
+def run_folds(config: SegmentConfig, encoder: Encoder | None, metadata: dict[str, Any]) -> None:
+    """Cross-validation: a run in OUTPUT/fold_N for each fold asked for, and a summary over all.
+
+    Each of those is a run like any other, with its own split.json as --split. OUTPUT itself gets
+    splits_final.json, and the summary.json of the folds that are finished by then.
+
+    Raises:
+        UserError: what is wrong with the task, its files, the folds or the flags.
+    """
+    check_flags(config)
+    output = config.output
+    assert output is not None
+    if config.resume and (output / "split.json").is_file():
+        raise UserError(f"--fold: {output} is a run of one split; choose another --output")
+    task = read_cases(config)
+    splits = split_folds(task, config.split, config.folds, config.seed)
+    chosen = choose_folds(config.fold, len(splits))
+    labelled = [label_share(task, s, config.label_fraction, config.seed) for s in splits]
+    cache = open_slices(config, task, metadata)
+    if cache.bad and config.split is None:  # folds of those that can be read
+        good = {volume.case for volume in cache.volumes}
+        task = dataclasses.replace(task, cases=tuple(c for c in task.cases if c.name in good))
+        splits = split_folds(task, None, config.folds, config.seed)
+        labelled = [label_share(task, s, config.label_fraction, config.seed) for s in splits]
+    grid = usable_grid(config, cache, metadata)
+    segmentations: dict[Path, Segmentation] = {}
+    for number in chosen:
+        folder = output / fold_name(number)
+        own = dataclasses.replace(
+            config,
+            output=folder,
+            split=folder / "split.json",
+            folds=None,
+            fold=None,
+            label_fraction=1.0,
+            overwrite=False,
+        )
+        split = without_bad(labelled[number], cache)
+        segmentations[folder] = Segmentation(own, cache, split, grid)
+    create_run(config, "segment")
+    write_folds(output / FOLDS_NAME, splits)
+    for folder, segmentation in segmentations.items():
+        print(f"\n{folder.name} of {len(splits)}")
+        begun = (folder / CONFIG_NAME).is_file()
+        create_run(dataclasses.replace(segmentation.config, resume=begun), "segment")
+        run_and_summarise(segmentation, encoder, metadata)
+    finished = finished_folds(output, len(splits))
+    summary = over_folds(finished, len(splits))
+    write_json(output / "summary.json", summary)
+    print(f"\n{len(finished)} of {len(splits)} folds, their cases together\n{dice_table(summary)}")
+    print(f"{fold_lines(summary)}\n\nsummary:     {output / 'summary.json'}")
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """The command `medmoco segment`."""
+    config = parse(SegmentConfig, argv, prog="medmoco segment", description=__doc__)
+    config, encoder, metadata = with_encoder(choose_output(config, "segment"))
+    if config.folds is not None or config.fold is not None:
+        run_folds(config, encoder, metadata)
+    else:
+        segmentation = prepare(config, metadata)
+        create_run(config, "segment")
+        run_and_summarise(segmentation, encoder, metadata)
+    print(f"next:        python -m medmoco.report {config.output}")
 
 
 if __name__ == "__main__":

@@ -22,7 +22,7 @@ from medmoco.launch import choose_output, create_run
 from medmoco.methods import resolve
 from medmoco.models.encoder import load_encoder
 from medmoco.output import write_json
-from medmoco.pretrain import PretrainConfig, open_slices
+from medmoco.pretrain import PretrainConfig, open_slices, with_init
 from medmoco.pretraining import Pretraining
 from medmoco.report import next_command, read_run, write_plots, write_report
 from medmoco.segment import SegmentConfig, dice_table, prepare, run_stages
@@ -57,15 +57,19 @@ class TrainConfig(PretrainConfig):
     finetune_epochs: int | None = option(
         None, "epochs of fine-tuning; default as segment's", least=1
     )
+    decoder: str = option(
+        "unet", "network of fine-tuning on the encoder: U-Net or DeepLabv3+",
+        choices=("unet", "deeplab"),
+    )  # fmt: skip
     controls: bool = option(
-        True, "also evaluate a frozen random encoder and a U-Net trained from scratch"
+        True, "also evaluate a frozen random encoder and fine-tuning from scratch"
     )
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """The command `medmoco train`."""
     asked = parse(TrainConfig, argv, prog="medmoco train", description=__doc__)
-    asked = choose_output(asked, asked.method)
+    asked = with_init(choose_output(asked, asked.method))
     # Everything that can be wrong with flags and files is found before the output is made.
     located = locate_data(asked)
     cache = open_slices(located, exclude=kept_from_pretraining(located))

@@ -182,8 +182,9 @@ def test_all_bad_files_are_reported_together_with_their_reasons(tmp_path):
         r"/gone\.nii\.gz: expected its label at .*labels/gone\.nii\.gz, got no such file",
         r"/text\.nii\.gz: expected a gzip stream, got a file that starts b'not a vo'",
         r"/nan\.nii\.gz: expected finite voxels, got 30 NaN or infinite ones",
-        r"/labels/shape\.nii\.gz: expected the shape of its image, \(4, 5, 6\), got \(4, 5, 7\)",
-        r"/labels/affine\.nii\.gz: expected the affine of its image, .* up to 2\.5 mm apart",
+        r"/labels/shape\.nii\.gz: expected the grid of its image, shape \(4, 5, 6\) and affine .*"
+        r"got shape \(4, 5, 7\) and affine .*",
+        r"/labels/affine\.nii\.gz: expected the grid of its image, .* up to 2\.5 mm apart",
         r"/labels/values\.nii\.gz: expected label values \[0, 2, 5\], got also 1, 3, 4, 6, .*",
         r"/both\.nii\.gz: expected a NIfTI file, got an empty file",
         r"/labels/both\.nii\.gz: expected a NIfTI file, got an empty file",

@@ -22,6 +22,7 @@ class Example:
     controls: bool = option(True, "run the controls too")
     resume: bool = option(False, "go on")
     device: str | None = option(None, "cpu or cuda")
+    models: tuple[Path, ...] = option((), "files")
     temperature: float = option(0.2, "of the logits", above=0)
     crop_min: float = option(None, "share", above=0, most=1)
     epochs: int = option(None, "passes", least=1)
@@ -48,6 +49,17 @@ def test_flags_are_parsed_to_the_types_of_the_fields():
     config = read(*flags.split())
     assert config == Example(data=Path("a/b"), lr=1.0, image_size=96, stride=8, controls=False)
     assert isinstance(config.lr, float)
+
+
+def test_flag_of_several_values_goes_through_the_configuration_file(tmp_path):
+    config = read("--models", "a", "b/c", "--lr", "1")
+    assert config.models == (Path("a"), Path("b/c"))
+    path = config_file(tmp_path, **to_json(config))
+    assert read("--config", str(path)) == config
+    assert read("--config", str(path), "--models", "d").models == (Path("d"),)
+    for wrong, message in ((["a", 1], "of type Path, got 1"), ("a", "must be a list")):
+        with pytest.raises(UserError, match=message):
+            read_config(Example, config_file(tmp_path, models=wrong))
 
 
 def test_flags_win_over_the_configuration_file(tmp_path):

@@ -1,9 +1,12 @@
 """What each model of the segmentation starts from, and how it is tested."""
 
+import dataclasses
+
 import pytest
 import torch
 
 from medmoco import downstream
+from medmoco.models.decoders import DECODERS
 from medmoco.models.encoder import Encoder
 from medmoco.segment import SegmentConfig, prepare
 
@@ -90,3 +93,39 @@ def test_models_are_tested_in_eval_mode(segmentation, tmp_path, monkeypatch, sta
     monkeypatch.setattr("medmoco.linear.MAX_PIXELS", 2**9)
     with pytest.raises(Tested):
         segmentation.run(stage, control, None, tmp_path)
+
+
+@pytest.mark.parametrize("decoder", sorted(DECODERS.keys() - {"linear"}))
+def test_fine_tuning_starts_from_the_frequencies_of_the_classes(
+    segmentation, tmp_path, monkeypatch, decoder
+):
+    def finetune(model, dataset, shown, **settings):
+        raise Started(model)
+
+    monkeypatch.setattr(downstream, "finetune", finetune)
+    segmentation.config = dataclasses.replace(segmentation.config, decoder=decoder)
+    with pytest.raises(Started) as started:
+        segmentation.run("finetune", "scratch", None, tmp_path)
+    labels = torch.stack([item["label"] for item in segmentation.dataset])
+    share = labels.flatten().bincount() / labels.numel()
+    start = started.value.weights["classifier.bias"].softmax(dim=0)
+    torch.testing.assert_close(start, share, rtol=0.1, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("decoder", "asked", "stride"),
+    [("unet", None, 16), ("deeplab", None, 8), ("deeplab", 4, 4), ("unet", 4, 4)],
+)
+def test_fine_tuning_trains_the_decoder_and_output_stride_asked_for(
+    segmentation, tmp_path, monkeypatch, decoder, asked, stride
+):
+    def finetune(model, *args, **kwargs):
+        assert type(model) is DECODERS[decoder]
+        assert model.encoder.output_stride == stride
+        raise Started(model.encoder)
+
+    monkeypatch.setattr(downstream, "finetune", finetune)
+    flags = {"decoder": decoder, "output_stride": asked}
+    segmentation.config = dataclasses.replace(segmentation.config, **flags)
+    with pytest.raises(Started):
+        segmentation.run("finetune", "scratch", None, tmp_path / "run")

@@ -2,9 +2,11 @@
 
 from pathlib import Path
 
+import numpy as np
+
 from medmoco.data.task import Task
 from medmoco.labelled import cache_settings, read_split
-from medmoco.segment import SegmentConfig
+from medmoco.segment import SegmentConfig, prepare
 
 TASK = Task(Path("task"), (), ("background", "liver"), (0, 1), "ct")
 METADATA = {"modality": "mr", "window": (0.0, 100.0), "slice_axis": 1}
@@ -33,3 +35,18 @@ def test_label_fraction_shrinks_the_training_set_alone(tiny_task):
     assert (len(whole.train), len(half.train)) == (8, 4)
     assert set(half.train) < set(whole.train)
     assert (half.pretrain, half.test) == (whole.pretrain, whole.test)
+
+
+def test_pixels_of_the_classes_are_those_of_the_canvases(tiny_task, tmp_path):
+    config = SegmentConfig(task=tiny_task, cache=tmp_path, arch="resnet18", width=0.125)
+    segmentation = prepare(config)
+    cache, dataset, pixels = segmentation.cache, segmentation.dataset, segmentation.pixels
+    assert pixels.shape == (len(dataset), len(cache.classes))
+    np.testing.assert_allclose(pixels.sum(dim=1), segmentation.grid.size**2)
+    for item, index in enumerate(dataset.indices):
+        labels = cache.labels(cache.slice_volume[index])[cache.slice_position[index]]
+        shown = set(np.flatnonzero(pixels[item] > 0).tolist())
+        assert shown == set(np.unique(labels).tolist()) | {0}
+    labels = np.stack([item["label"] for item in dataset])
+    counted = np.bincount(labels.ravel(), minlength=len(cache.classes))
+    np.testing.assert_allclose(pixels.sum(dim=0), counted, rtol=0.1)

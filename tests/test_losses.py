@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from medmoco.losses import dice_cross_entropy
+from medmoco.losses import dice_cross_entropy, inverse_frequency_weights
 
 
 def certain(labels, classes=3):
@@ -51,3 +51,23 @@ def test_weight_counts_a_pixel_as_often():
     expected = dice_cross_entropy(repeated, torch.tensor([[0, 1, 2, 1, 0, 0]]))
     weighted = dice_cross_entropy(logits, labels, torch.tensor([[3.0, 1.0, 1.0, 1.0]]))
     torch.testing.assert_close(weighted, expected)
+
+
+def test_class_weights_are_those_of_the_cross_entropy_and_leave_dice_alone():
+    torch.manual_seed(0)
+    logits, labels = torch.randn(2, 3, 5, 4), torch.randint(0, 3, (2, 5, 4))
+    weights = torch.tensor([0.2, 1.0, 7.0])
+    plain, dice = dice_cross_entropy(logits, labels)
+    weighted, same_dice = dice_cross_entropy(logits, labels, class_weights=weights)
+    entropy = torch.nn.functional.cross_entropy
+    expected = entropy(logits, labels, weights) - entropy(logits, labels)
+    torch.testing.assert_close(weighted - plain, expected)
+    torch.testing.assert_close(same_dice, dice)
+
+
+def test_weights_go_with_the_root_of_the_inverse_frequency_and_average_1_over_the_pixels():
+    pixels = torch.tensor([90.0, 0.0, 10.0])
+    weights = inverse_frequency_weights(pixels)
+    assert weights[2] / weights[0] == pytest.approx(3.0)
+    assert weights[1] == 0
+    assert (weights * pixels).sum() / pixels.sum() == pytest.approx(1.0)

@@ -9,7 +9,9 @@ from torch.nn import functional
 
 from medmoco.errors import UserError
 from medmoco.methods import apply_data_defaults, apply_preset, build_model, resolve
+from medmoco.models.encoder import Encoder
 from medmoco.models.moco import MoCo
+from medmoco.models.weights import read_weights
 from medmoco.models.whitening import IterNorm, ZCAWhitening
 from medmoco.pretrain import PretrainConfig
 
@@ -113,3 +115,17 @@ def test_an_embedding_without_projector_is_no_longer_than_the_features():
     with pytest.raises(UserError, match=r"--embed-dim 65: .* expected at most 64"):
         model_of(method="mocov2", projector="none", embed_dim=65)
     assert model_of(method="mocov2", embed_dim=65).queue.keys.shape == (16, 65)
+
+
+@pytest.mark.parametrize("flags", [{}, {"decorrelation": "iternorm", "whiten_at": "last-norm"}])
+def test_query_and_key_encoder_start_from_initial_weights(tmp_path, flags):
+    torch.manual_seed(7)
+    state = Encoder("resnet18", 0.125, in_channels=3).state_dict()
+    torch.save({f"module.{name}": value for name, value in state.items()}, tmp_path / "init.pth")
+    config = PretrainConfig(arch="resnet18", width=0.125, queue_size=16, device="cpu", **flags)
+    config = apply_data_defaults(apply_preset(config), 1000)
+    model = build_model(config, read_weights(tmp_path / "init.pth"))
+    for branch in (model.query, model.key):
+        found = branch.encoder
+        assert torch.equal(found.conv1.weight, state["conv1.weight"].sum(1, keepdim=True))
+        assert torch.equal(found.layer4[1].conv2.weight, state["layer4.1.conv2.weight"])

@@ -3,7 +3,7 @@ import json
 import numpy as np
 import pytest
 
-from medmoco.metrics import DiceTable, overlap_counts
+from medmoco.metrics import DiceTable, iou_from_counts, overlap_counts
 
 CLASSES = ("background", "liver", "spleen")
 
@@ -75,6 +75,21 @@ def test_pooled_dice_weighs_voxels_and_per_volume_dice_weighs_volumes():
 def test_many_voxels_of_uint8_do_not_overflow():
     labels = np.full((64, 64, 64), 2, dtype=np.uint8)
     assert overlap_counts(labels, labels, 3).tolist() == [[0, 0, 0], [0, 0, 0], [64**3] * 3]
+
+
+def test_every_voxel_of_a_large_volume_is_counted_once():
+    prediction, truth = np.random.default_rng(0).integers(0, 4, (2, 101, 77, 83)).astype(np.uint8)
+    expected = [
+        [((prediction == c) & (truth == c)).sum(), (prediction == c).sum(), (truth == c).sum()]
+        for c in range(4)
+    ]
+    assert overlap_counts(prediction.T, truth.T, 4).tolist() == expected
+
+
+def test_iou_of_a_hand_made_case():
+    assert iou_from_counts((2, 3, 5)) == 2 / 6
+    assert iou_from_counts((0, 0, 4)) == 0
+    assert iou_from_counts((0, 0, 0)) is None
 
 
 def test_result_is_plain_json():

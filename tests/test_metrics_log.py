@@ -1,5 +1,6 @@
-"""metrics.jsonl of a run that goes on: every record once, whatever the last attempt wrote."""
+"""metrics.jsonl and metrics.csv of a run that goes on: every record once, whatever was written."""
 
+import csv
 import json
 
 from medmoco.metrics_log import MetricsLog
@@ -43,3 +44,41 @@ def test_model_that_is_trained_anew_leaves_the_others_records(tmp_path):
 def test_without_a_file_there_is_nothing_to_forget(tmp_path):
     MetricsLog(tmp_path / "metrics.jsonl").forget_training("linear", "random")
     assert not list(tmp_path.iterdir())
+
+
+def table(log):
+    with open(log.path.with_suffix(".csv"), newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def test_csv_has_a_row_an_epoch_with_the_means_of_its_steps(tmp_path):
+    with MetricsLog(tmp_path / "metrics.jsonl") as log:
+        for number, loss in enumerate((4.0, 2.0, 1.0), start=1):
+            log.hold(step(number, epoch=(number + 1) // 2, loss=loss))
+        log.flush(images_per_second=8.0)
+        features = {"rankme": 3.5, "spectrum": [1.0, 0.5]}
+        log.write(step(3, "diagnostics", epoch=2, loss=None, features=features, warnings=[]))
+        log.write(step(7, "finetune", epoch=1, encoder='a,\n"b"', loss=0.25))
+    rows = table(log)
+    assert [(r["stage"], r["encoder"], r["epoch"], r["step"], r["loss"]) for r in rows] == [
+        ("pretrain", "", "1", "2", "3"),
+        ("pretrain", "", "2", "3", "1"),
+        ("diagnostics", "", "2", "3", ""),
+        ("finetune", 'a,\n"b"', "1", "7", "0.25"),
+    ]
+    assert rows[0]["images_per_second"] == "8" and rows[2]["features/rankme"] == "3.5"
+    assert "features/spectrum" not in rows[0]
+
+
+def test_csv_of_a_resumed_run_is_that_of_an_unbroken_one(tmp_path):
+    steps = [step(n, epoch=(n + 2) // 3, loss=1 / n) for n in range(1, 8)]
+    (tmp_path / "one").mkdir()
+    (tmp_path / "two").mkdir()
+    with log_of(tmp_path / "one") as unbroken:
+        for record in steps:
+            unbroken.write(record)
+    with log_of(tmp_path / "two", *steps[:5]) as resumed:
+        resumed.forget_after(2, 0)
+        for record in steps[2:]:
+            resumed.write(record)
+    assert table(resumed) == table(unbroken) and len(table(unbroken)) == 3

@@ -17,8 +17,8 @@ from medmoco import pretrain
 from medmoco.command import run_command
 from medmoco.config import read_config
 from medmoco.data.stream import EpochSampler, hold_out_patients
-from medmoco.methods import build_model
-from medmoco.models.encoder import load_encoder
+from medmoco.methods import apply_preset, build_model
+from medmoco.models.encoder import Encoder, load_encoder
 from medmoco.pretrain import PretrainConfig
 
 TINY = ["--width", "0.125", "--image-size", "32", "--output-stride", "8", "--batch-size", "8"]
@@ -83,6 +83,8 @@ def unbroken(tiny_task, cache_folder, tmp_path_factory) -> Path:
 def test_a_run_leaves_what_the_next_commands_need(unbroken):
     encoder, metadata = load_encoder(unbroken / "encoder.pt")
     assert (encoder.arch, metadata["method"], metadata["modality"]) == ("resnet18", "medmoco", "ct")
+    mean = state(unbroken)["model"]["query.whitening.running_mean"]
+    assert torch.equal(metadata["whitening"]["mean"], mean)
     summary = json.loads((unbroken / "summary.json").read_text())
     assert summary["dimensions"] == encoder.channels[-1]
     assert 1 <= summary["effective_rank"]["features"] <= summary["dimensions"]
@@ -328,6 +330,62 @@ def test_skipped_files_are_listed_in_the_summary(tiny_task, flags, tmp_path):
     (bad,) = json.loads((tmp_path / "run" / "summary.json").read_text())["bad_files"]
     assert bad["path"] == str(folder / "broken.nii.gz")
     assert bad["reason"].startswith("expected a gzip stream")
+
+
+@pytest.fixture
+def others(tmp_path) -> Path:
+    """Weights as a trainer of another kind leaves them, for images of three channels."""
+    torch.manual_seed(9)
+    state = Encoder("resnet34", width=0.125, in_channels=3).state_dict()
+    path = tmp_path / "others.pth"
+    torch.save({"state_dict": {f"module.encoder_q.{n}": v for n, v in state.items()}}, path)
+    return path
+
+
+def without_width(flags: list[str]) -> list[str]:
+    at = flags.index("--width")
+    return flags[:at] + flags[at + 2 :]
+
+
+def test_init_starts_from_weights_of_others_and_goes_on_without_their_file(
+    flags, others, tmp_path, capsys
+):
+    output = tmp_path / "run"
+    choice = ["--method", "mocov2", "--epochs", "1", "--lr", "1e-12", "--init", str(others)]
+    pretrain.main([*without_width(flags), *choice, "--output", str(output)])
+    assert "init: " in capsys.readouterr().out
+    encoder, _ = load_encoder(output / "encoder.pt")
+    assert (encoder.arch, encoder.width) == ("resnet34", 0.125)
+    stem = torch.load(others, weights_only=True)["state_dict"]["module.encoder_q.conv1.weight"]
+    torch.testing.assert_close(encoder.conv1.weight, stem.sum(1, keepdim=True))
+    others.unlink()
+    (output / "encoder.pt").unlink()
+    pretrain.main(["--output", str(output), "--resume"])
+    assert (output / "encoder.pt").is_file()
+    # Before the first checkpoint the file is still needed, and asked for.
+    (output / "checkpoints" / "last.pt").unlink()
+    assert run_command(pretrain.main, ["--output", str(output), "--resume"]) == 2
+    assert f"{others}: no such file" in capsys.readouterr().err
+
+
+def test_architecture_of_init_wins_over_that_of_the_method(others):
+    config = apply_preset(pretrain.with_init(PretrainConfig(method="paper", init=others)))
+    assert (config.arch, config.width) == ("resnet34", 0.125)
+
+
+@pytest.mark.parametrize(
+    ("choice", "message"),
+    [
+        (["--arch", "resnet50"], "others.pth: --arch resnet50 was given, the file has resnet34"),
+        (["--width", "0.5"], "others.pth: --width 0.5 was given, the file has 0.125"),
+    ],
+)
+def test_init_of_another_architecture_is_refused(flags, others, tmp_path, capsys, choice, message):
+    output = tmp_path / "refused"
+    choice = [*choice, "--init", str(others), "--output", str(output)]
+    assert run_command(pretrain.main, [*without_width(flags), *choice]) == 2
+    assert message in capsys.readouterr().err
+    assert not output.exists()
 
 
 def test_resume_refuses_another_method(unbroken, capsys):

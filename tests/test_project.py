@@ -30,7 +30,14 @@ def test_hooks_run_the_linters_that_are_pinned():
 def test_every_dependency_has_its_reason():
     rows = re.findall(r"^\| (.+?) \| .+ \|$", (ROOT / "CONTRIBUTING.md").read_text(), re.M)
     explained = {package for row in rows for package in row.split(", ")}
-    lists = ("requires = [", "\ndependencies = [", "test = [", "dev = [", "tensorboard = [")
+    lists = (
+        "requires = [",
+        "\ndependencies = [",
+        "test = [",
+        "dev = [",
+        "tensorboard = [",
+        "onnx = [",
+    )
     needed = {name(requirement) for listed in lists for requirement in requirements(listed)}
     assert len(needed) > 10
     assert needed <= explained

@@ -1,165 +1,20 @@
 """The report: what it says, what it refuses, and that it is one whole page of HTML."""
 
 import base64
+import hashlib
 import json
-import math
 import re
 from html.parser import HTMLParser
 from pathlib import Path
 
-import numpy as np
 import pytest
 from PIL import Image
+from run_folders import dice_result, make_run
 
 from medmoco.errors import UserError
 from medmoco.report import main, next_command, read_run, write_plots, write_report
 from medmoco.report.html import VOID_ELEMENTS, element, text
 from medmoco.report.record import duration
-
-CLASSES = ["background", "liver", "spleen <left>", "kidney & ureter"]
-NASTY = 'a<script>alert("1")</script>&\n\u202e\udc80.nii.gz'
-QUEUE_SIZE = 511
-BATCHES = 6
-
-
-def dice_result(mean: float, seed: int, volumes: int = 13) -> dict:
-    generator = np.random.default_rng(seed)
-    names = CLASSES[1:]
-    scores = np.clip(generator.normal(mean, 0.08, (volumes, len(names))), 0, 1).round(4)
-    per_volume = {
-        f"case_{v:02d}": dict(zip(names, row, strict=True)) for v, row in enumerate(scores.tolist())
-    }
-    per_volume["case_03"]["spleen <left>"] = None
-    per_class = dict(zip(names, scores.mean(axis=0).tolist(), strict=True))
-    return {
-        "dice_mean": float(np.mean(list(per_class.values()))),
-        "dice_per_class": per_class,
-        "dice_per_volume": per_volume,
-        "dice_pooled": per_class,
-        "absent": {"liver": 0, "spleen <left>": 1, "kidney & ureter": 0},
-        "seconds": 12.5,
-    }
-
-
-def diagnosis(epoch: int, warnings: list[str]) -> dict:
-    measured = {}
-    for kind, dimensions, decay in (("features", 64, 0.05), ("embeddings", 32, 0.15)):
-        decay *= 1 + epoch / 3
-        measured[kind] = {
-            "rankme": dimensions / (1 + 4 * decay),
-            "rankme_centred": dimensions / (1 + 3 * decay),
-            "rank_share": 1 / (1 + 3 * decay),
-            "samples": 200,
-            "dimensions": dimensions,
-            "alpha_req": 1.2,
-            "mean_abs_correlation": 0.21,
-            "std_sqrt_d": 0.83,
-            "mean_share": 0.31,
-            "spectrum": [math.exp(-decay * i) / dimensions for i in range(dimensions)],
-        }
-    place = {"stage": "diagnostics", "epoch": epoch, "step": epoch * BATCHES, "loss": 5.0}
-    return {**place, **measured, "warnings": warnings}
-
-
-def metrics(epochs: int, warnings: list[str]) -> list[dict]:
-    records = [diagnosis(0, [])]
-    for step in range(1, epochs * BATCHES + 1):
-        records.append(
-            {
-                "stage": "pretrain",
-                "epoch": math.ceil(step / BATCHES),
-                "step": step,
-                "loss": 2 + 4.2 * math.exp(-step / 12) + 0.1 * math.sin(step),
-                "loss_global": 2.0,
-                "acc1": 1 - math.exp(-step / 20),
-                "chance": math.log(QUEUE_SIZE + 1),
-                "lr": 0.03,
-                "images_per_second": 120.0 + step,
-                "data_wait": 0.04,
-            }
-        )
-        if step % BATCHES == 0:
-            epoch = step // BATCHES
-            records.append(diagnosis(epoch, warnings if epoch == epochs else []))
-    for step in range(5):
-        place = {"stage": "finetune", "encoder": "pretrained", "epoch": 1, "step": step}
-        records.append({**place, "loss": 1.0, "lr": 1e-3})
-    return records
-
-
-def write_overlays(path: Path, size: int = 48) -> None:
-    rows, columns = np.mgrid[:size, :size]
-    images, truths, predictions, cases, stages = [], [], [], [], []
-    for case in range(2):
-        blobs = [(14, 16 + case, 9), (30, 32, 7), (36, 12, 5)]
-        truth, prediction = np.zeros((2, size, size), np.uint8)
-        for label, (row, column, radius) in enumerate(blobs, start=1):
-            truth[np.hypot(rows - row, columns - column) < radius] = label
-            prediction[np.hypot(rows - row - 1, columns - column + 1) < radius - 0.5] = label
-        image = (60 + 40 * truth + 20 * np.sin(rows / 3) + 20 * np.cos(columns / 4)).astype(
-            np.uint8
-        )
-        for stage in ("linear-pretrained", "finetune-pretrained", "finetune-scratch"):
-            images.append(image)
-            truths.append(truth)
-            predictions.append(prediction)
-            cases.append(f"case_{case:02d} <b>")
-            stages.append(stage)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    np.savez_compressed(
-        path,
-        image=np.stack(images),
-        truth=np.stack(truths),
-        prediction=np.stack(predictions),
-        case=np.array(cases),
-        slice=np.arange(len(images)) // 3,
-        stage=np.array(stages),
-    )
-
-
-def make_run(folder: Path, *, seed: int = 0, warnings: tuple[str, ...] = (), **flags) -> Path:
-    """A run folder with everything in it."""
-    folder.mkdir(parents=True)
-    config = {
-        "medmoco": "0.1.0",
-        "command": "train",
-        "argv": ["--data", "data <1>", "--seed", str(seed)],
-        "data": "data <1>",
-        "task": "task & labels",
-        "output": str(folder),
-        "method": "medmoco",
-        "arch": "resnet18",
-        "width": 0.25,
-        "epochs": 3,
-        "skip_bad": True,
-        "lr": None,
-        "seed": seed,
-    }
-    config |= flags
-    (folder / "config.json").write_text(json.dumps(config))
-    lines = [json.dumps(record) for record in metrics(3, list(warnings))]
-    (folder / "metrics.jsonl").write_text("\n".join(lines) + "\n")
-    summary = {
-        "medmoco": "0.1.0",
-        "method": config["method"],
-        "seed": seed,
-        "classes": CLASSES,
-        "effective_rank": {"features": 41.25, "embeddings": 17.5},
-        "samples": 200,
-        "dimensions": 64,
-        "linear": dice_result(0.7, seed),
-        "finetune": dice_result(0.8, seed + 1),
-        "controls": {
-            "linear_random": dice_result(0.62, seed + 2),
-            "finetune_scratch": dice_result(0.81, seed + 3),
-        },
-        "bad_files": [{"path": NASTY, "reason": "NaN voxels"}],
-        "warnings": list(warnings),
-        "seconds": {"pretrain": 200.4, "linear": 31.0, "finetune": 7509.0},
-    }
-    (folder / "summary.json").write_text(json.dumps(summary))
-    write_overlays(folder / "predictions" / "overlays.npz")
-    return folder
 
 
 @pytest.fixture(scope="module")
@@ -223,25 +78,33 @@ def test_every_tag_is_closed_and_every_id_is_unique(full_page):
     assert len(ids) == len(set(ids))
 
 
-def test_page_loads_nothing_and_runs_nothing(full_page):
+def test_page_loads_nothing_and_runs_its_own_script_alone(full_page):
     structure = Structure(full_page)
-    assert not structure.all("script") and not structure.all("link")
+    assert not structure.all("link")
     ids = {a["id"] for _, a in structure.elements if "id" in a}
     for _, attributes in structure.elements:
-        assert not [name for name in attributes if name.startswith("on")]
+        assert not [name for name in attributes if name.startswith("on") or name == "style"]
         for name in ("src", "srcset", "href"):
             address = attributes.get(name) or "data:"
             assert address.startswith("data:") or address.removeprefix("#") in ids
     assert "http:" not in full_page and "https:" not in full_page and "url(" not in full_page
+    assert structure.all("script") == [{"type": "application/json", "id": "viewer-data"}, {}]
     policy = next(a["content"] for a in structure.all("meta") if "http-equiv" in a)
-    assert policy.startswith("default-src 'none'")
+    directives = dict(part.split(" ", 1) for part in policy.split("; "))
+    expected = {"default-src": "'none'", "img-src": "data:", "base-uri": "'none'"}
+    expected["form-action"] = "'none'"
+    for tag in ("style", "script"):
+        content = re.search(rf"<{tag}>(.*?)</{tag}>", full_page, re.DOTALL)[1]
+        digest = base64.b64encode(hashlib.sha256(content.encode()).digest()).decode()
+        expected[f"{tag}-src"] = f"'sha256-{digest}'"
+    assert directives == expected
 
 
 def test_pictures_have_words_and_tables_have_captions_and_headings(full_page):
     structure = Structure(full_page)
-    assert all(len(a["alt"]) > 20 for a in structure.all("img"))
-    drawings = [a for a in structure.all("svg") if a.get("aria-hidden") != "true"]
-    assert drawings and all(a["role"] == "img" and a["aria-label"] for a in drawings)
+    plots = [a for a in structure.all("img") if "src" in a]
+    assert all(len(a["alt"]) > 20 for a in plots)
+    assert all(a["aria-hidden"] == "true" for a in structure.all("svg"))
     assert len(structure.all("caption")) == len(structure.all("table")) > 4
     assert all("scope" in a for a in structure.all("th"))
     assert ("html", {"lang": "en"}) in structure.elements
@@ -249,8 +112,9 @@ def test_pictures_have_words_and_tables_have_captions_and_headings(full_page):
 
 def test_dark_and_light_versions_of_each_plot_are_there(full_page):
     structure = Structure(full_page)
-    assert len(structure.all("source")) == len(structure.all("img")) == 6
-    for image in structure.all("img"):
+    plots = [a for a in structure.all("img") if "src" in a]
+    assert len(structure.all("source")) == len(plots) == 7
+    for image in plots:
         drawing = base64.b64decode(image["src"].removeprefix("data:image/svg+xml;base64,"))
         assert b"<svg" in drawing and b"nan" not in drawing.lower().replace(b"nance", b"")
 
@@ -269,9 +133,12 @@ def test_values_are_escaped_and_control_characters_made_visible():
 
 
 def test_file_names_cannot_inject_markup(full_page):
-    assert "<script" not in full_page
+    assert "<script>alert" not in full_page and full_page.count("<script") == 2
     assert "a&lt;script&gt;alert(&quot;1&quot;)&lt;/script&gt;&amp;\\n\\u202e\\udc80" in full_page
-    assert "spleen &lt;left&gt;" in full_page and "case_00 &lt;b&gt;" in full_page
+    assert "spleen &lt;left&gt;" in full_page
+    assert (
+        "case &lt;b&gt;&quot;x&quot;\\n&lt;script&gt;alert(1)&amp;\\u202e: Dice 0.062" in full_page
+    )
 
 
 # --- what it says -------------------------------------------------------------------------------
@@ -346,6 +213,19 @@ def test_seeds_of_one_configuration_are_summed_up_as_mean_and_deviation(tmp_path
     ) in visible(report(*folders))
 
 
+def test_classes_have_intervals_over_volumes_and_over_seeds(tmp_path, blank_plots):
+    folders = [make_run(tmp_path / f"s{seed}", seed=seed) for seed in (0, 1)]
+    for folder, liver in zip(folders, (0.5, 0.54), strict=True):
+        scores = {"a": {"liver": liver - 0.01}, "b": {"liver": liver + 0.01}}
+        result = {"dice_mean": liver, "dice_per_class": {"liver": liver}, "dice_per_volume": scores}
+        edit(folder / "summary.json", linear=result, finetune=None, controls={})
+    words = visible(report(*folders))
+    # t of 0.975 with 1 degree of freedom, 12.706, times half the distance of two values
+    assert "liver 0.500 0.373\N{EN DASH}0.627 0.540 0.413\N{EN DASH}0.667" in words
+    over = words[words.index("medmoco: mean over 2 seeds") :]
+    assert "liver 0.520 0.266\N{EN DASH}0.774 mean 0.520" in over
+
+
 def test_runs_of_different_methods_are_not_averaged(tmp_path, blank_plots):
     folders = [make_run(tmp_path / m, method=m, seed=i) for i, m in enumerate(("mocov2", "paper"))]
     page = visible(report(*folders))
@@ -373,9 +253,9 @@ def test_absence_of_signs_of_collapse_is_said(full_page):
 
 
 def test_volumes_come_worst_first_and_the_rest_is_folded(full_page):
-    part = full_page[full_page.index('id="volumes"') : full_page.index('id="overlays"')]
+    part = full_page[full_page.index('id="volumes"') : full_page.index('id="viewer"')]
     table = part[: part.index("</table>")]
-    means = [float(v) for v in re.findall(r'scope="row">case_\d\d</th><td>([\d.]+)', table)]
+    means = [float(v) for v in re.findall(r'scope="row">case[^/]+</th><td>([\d.]+)', table)]
     assert len(means) == 10 and means == sorted(means)
     assert "<summary>3 more</summary>" in part
 
@@ -418,6 +298,12 @@ def test_chance_stands_beside_the_loss_that_it_is_the_chance_of(tmp_path, blank_
     assert "a: from 2 to 2." in alt, "the global term, not the sum with the local one"
 
 
+def test_fine_tuning_has_its_curve(tmp_path, blank_plots):
+    page = report(make_run(tmp_path / "a"), make_run(tmp_path / "b"))
+    alt = alt_of(page, "Fine-tuning loss")
+    assert "a, fine-tuned: from 1 to 1; b, fine-tuned: from 1 to 1." in alt
+
+
 def test_spectrum_ends_where_the_samples_do(tmp_path, blank_plots):
     folder = make_run(tmp_path / "a")
     lines = (folder / "metrics.jsonl").read_text().splitlines()
@@ -447,15 +333,6 @@ def test_collapse_before_training_is_no_news(tmp_path, blank_plots):
 def test_commands_break_between_words_alone(tmp_path, blank_plots):
     page = report(make_run(tmp_path / "a"))
     assert "<span>python</span> <span>-m</span> <span>medmoco.train</span> <span>--data" in page
-
-
-def test_overlays_embed_each_slice_once(full_page):
-    structure = Structure(full_page)
-    assert len(structure.all("image")) == 2
-    assert len(structure.all("use")) == 6
-    labels = [a["aria-label"] for a in structure.all("svg") if a.get("role") == "img"]
-    assert sum(label.startswith("Truth of") for label in labels) == 2
-    assert any("from scratch. Dice: liver 0." in label for label in labels)
 
 
 # --- commands -----------------------------------------------------------------------------------
@@ -497,7 +374,10 @@ def test_run_with_nothing_but_its_configuration_has_a_page(tmp_path, blank_plots
     page = report(folder)
     assert Structure(page).open == []
     assert "The run has not finished: it wrote no summary.json." in visible(page)
-    assert "Nothing was recorded for: collapse, curves, spectra, classes" in visible(page)
+    assert (
+        "Nothing was recorded for: classes, volumes, viewer, collapse, curves, spectra"
+        in visible(page)
+    )
     assert write_plots(folder) == []
 
 
@@ -541,14 +421,6 @@ def test_nan_and_null_are_shown_as_nothing(tmp_path, blank_plots):
         file.write('{"stage": "pretrain", "epoch": 4, "step": 19, "loss": NaN, "acc1": null}\n')
     page = report(folder)
     assert not re.search(r"\b(nan|inf)\b(?! voxels)", visible(page), re.IGNORECASE)
-
-
-def test_empty_predictions_leave_the_overlays_out(tmp_path, blank_plots):
-    folder = make_run(tmp_path / "run")
-    path = folder / "predictions" / "overlays.npz"
-    with np.load(path) as arrays:
-        np.savez(path, **{name: array[:0] for name, array in arrays.items()})
-    assert "Nothing was recorded for: overlays" in visible(report(folder))
 
 
 # --- what is refused ----------------------------------------------------------------------------
@@ -600,37 +472,6 @@ def test_summary_of_another_shape_is_named(tmp_path, change):
         read_run(folder)
 
 
-def overlay_arrays(**changes) -> dict[str, np.ndarray]:
-    maps = {name: np.zeros((2, 8, 8), np.uint8) for name in ("image", "truth", "prediction")}
-    lists = {"case": np.array(["a", "b"]), "stage": np.array(["x", "y"]), "slice": np.arange(2)}
-    return maps | lists | changes
-
-
-@pytest.mark.parametrize(
-    ("arrays", "message"),
-    [
-        (overlay_arrays(case=np.array(["a", None], dtype=object)), "expected arrays"),
-        (overlay_arrays(truth=np.zeros((2, 8, 9), np.uint8)), "truth must have shape"),
-        (overlay_arrays(image=np.zeros((2, 8, 8))), "image has an unexpected type"),
-        (overlay_arrays(case=np.zeros(2)), "case has an unexpected type"),
-        ({"image": np.zeros((2, 8, 8), np.uint8)}, "truth.*missing"),
-    ],
-)
-def test_malformed_overlays_are_named_and_never_unpickled(tmp_path, arrays, message, blank_plots):
-    folder = make_run(tmp_path / "run")
-    np.savez(folder / "predictions" / "overlays.npz", **arrays)
-    with pytest.raises(UserError, match=rf"overlays\.npz: .*{message}"):
-        report(folder)
-
-
-@pytest.mark.parametrize("content", [b"", b"PK\x03\x04 truncated", b"no archive"])
-def test_overlays_that_are_no_archive_are_named(tmp_path, content, blank_plots):
-    folder = make_run(tmp_path / "run")
-    (folder / "predictions" / "overlays.npz").write_bytes(content)
-    with pytest.raises(UserError, match=r"overlays\.npz: expected arrays"):
-        report(folder)
-
-
 # --- files --------------------------------------------------------------------------------------
 
 
@@ -643,12 +484,6 @@ def test_plots_are_written_into_the_run_folder(tmp_path):
             assert picture.format == "PNG" and picture.width > 1000
     before = [path.read_bytes() for path in written]
     assert [path.read_bytes() for path in write_plots(folder)] == before
-
-
-def test_large_slices_are_embedded_smaller(tmp_path, blank_plots):
-    folder = make_run(tmp_path / "run")
-    write_overlays(folder / "predictions" / "overlays.npz", size=700)
-    assert len(report(folder)) < 3_000_000
 
 
 def test_command_writes_beside_one_run_and_above_several(tmp_path, capsys, blank_plots):

@@ -1,3 +1,4 @@
+import dataclasses
 import json
 import os
 import signal
@@ -11,7 +12,10 @@ from medmoco.command import run_command
 from medmoco.data.slices import PixelGrid
 from medmoco.downstream import Segmentation
 from medmoco.models.encoder import Encoder, save_encoder
-from medmoco.segment import SegmentConfig, main, prepare
+from medmoco.models.segmenter import load_segmenter
+from medmoco.report.cases import choose_cases, read_cases, read_prediction
+from medmoco.report.run_folder import MODEL_FOLDERS
+from medmoco.segment import SegmentConfig, main, prepare, with_encoder
 
 SMALL = ["--width", "0.125", "--device", "cpu", "--seed", "1"]
 
@@ -43,7 +47,8 @@ def encoder_file(tmp_path_factory):
     torch.manual_seed(0)
     path = tmp_path_factory.mktemp("encoder") / "encoder.pt"
     encoder = Encoder("resnet18", width=0.125, output_stride=8)
-    save_encoder(path, encoder, method="medmoco", image_size=48, modality="ct")
+    whitening = {"weight": torch.randn(64, 8, 1, 1), "mean": torch.ones(64)}
+    save_encoder(path, encoder, method="medmoco", image_size=48, modality="ct", whitening=whitening)
     return path
 
 
@@ -85,20 +90,18 @@ def test_label_maps_lie_on_the_grid_of_their_images_and_hold_the_values_of_the_l
         assert set(np.unique(np.asarray(predicted.dataobj))) <= set(range(len(labels)))
 
 
-def test_overlays_show_every_model_without_pickles(finished):
-    with np.load(finished / "predictions/overlays.npz", allow_pickle=False) as overlays:
-        stages = set(overlays["stage"])
-        assert overlays["image"].shape == overlays["truth"].shape == overlays["prediction"].shape
-        assert overlays["truth"].any(axis=(1, 2)).all()
-        assert {overlays[name].dtype for name in ("image", "truth", "prediction")} == {
-            np.dtype(np.uint8)
-        }
-    assert stages == {
-        "linear-pretrained",
-        "linear-random",
-        "finetune-pretrained",
-        "finetune-scratch",
-    }
+def test_test_cases_are_kept_for_the_report(finished, tiny_task):
+    shown = read_cases(finished)
+    scores = json.loads((finished / "summary.json").read_text())["finetune"]["dice_per_volume"]
+    assert [case.case for case in shown] == choose_cases(scores) and len(shown) == 2
+    for case in shown:
+        label = nibabel.load(tiny_task / f"labelsTr/{case.case}.nii.gz")
+        voxels = nibabel.as_closest_canonical(label).dataobj
+        expected = np.moveaxis(np.asarray(voxels)[::-1, ::-1], case.axis, 0).swapaxes(1, 2)
+        assert case.axis == 2 and (case.truth == expected).all() and case.truth.any()
+        for folder in MODEL_FOLDERS.values():
+            path = finished / "predictions" / folder / f"{case.case}.nii.gz"
+            assert read_prediction(path, case).shape == case.truth.shape
 
 
 def test_metrics_show_the_loss_going_down(finished):
@@ -226,7 +229,9 @@ def test_file_that_is_no_encoder_is_refused_before_anything_is_written(tiny_task
     torch.save({"weights": torch.zeros(1)}, tmp_path / "other.pt")
     flags = ("--encoder", tmp_path / "other.pt")
     message = fails(capsys, tiny_task, tmp_path / "run", *flags)
-    assert "other.pt: expected an encoder.pt of medmoco, got another kind of file" in message
+    assert (
+        "other.pt: expected an encoder.pt of medmoco or a ResNet in torchvision's keys" in message
+    )
     assert not (tmp_path / "run").exists()
 
 
@@ -247,3 +252,72 @@ def test_an_encoder_that_has_seen_test_patients_is_warned_of(tiny_task, tmp_path
         message = "2 of the 2 test patients have the name of a patient that the encoder"
         assert (message in capsys.readouterr().out) == warned
         assert bool(summary_of(tmp_path / f"run{warned}")["warnings"]) == warned
+
+
+def test_deeplab_is_fine_tuned_where_it_is_asked_for(tiny_task, tmp_path):
+    flags = ["--mode", "finetune", "--decoder", "deeplab", "--epochs", "1"]
+    assert segment(tiny_task, tmp_path / "run", *flags) == 0
+    assert 0 <= summary_of(tmp_path / "run")["controls"]["finetune_scratch"]["dice_mean"] <= 1
+
+
+def test_a_kept_whitening_is_part_of_the_encoder(encoder_file):
+    keep = SegmentConfig(encoder=encoder_file, keep_whitening=True)
+    _, encoder, metadata = with_encoder(keep)
+    _, plain, _ = with_encoder(dataclasses.replace(keep, keep_whitening=False))
+    image = torch.rand(1, 1, 48, 48)
+    cells = plain(image) - metadata["whitening"]["mean"][:, None, None]
+    weight = metadata["whitening"]["weight"][:, :, 0, 0].unflatten(0, (8, 8))
+    expected = torch.einsum("gij,bgjhw->bgihw", weight, cells.unflatten(1, (8, 8))).flatten(1, 2)
+    torch.testing.assert_close(encoder(image), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_a_whitening_that_is_not_there_cannot_be_kept(tiny_task, tmp_path, capsys):
+    path = tmp_path / "encoder.pt"
+    save_encoder(path, Encoder("resnet18", width=0.125), whitening=None)
+    flags = ("--encoder", path, "--keep-whitening")
+    message = fails(capsys, tiny_task, tmp_path / "run", *flags)
+    assert f"--keep-whitening: {path}: it holds no whitening after pooling" in message
+    message = fails(capsys, tiny_task, tmp_path / "run", "--keep-whitening")
+    assert "--keep-whitening: expected --encoder with it" in message
+
+
+def test_weights_of_others_are_evaluated_with_statistics_of_slices(
+    tiny_task, tmp_path, monkeypatch, capsys
+):
+    """Of the input's scale, which is that of other images, nothing is left."""
+    torch.manual_seed(0)
+    state = Encoder("resnet18", width=0.125, in_channels=3).state_dict()
+    seen = []
+    result = {"dice_mean": 0.5, "dice_per_volume": {}}
+    monkeypatch.setattr(Segmentation, "run", lambda *given: seen.append(given[3]) or result)
+    monkeypatch.setattr("medmoco.segment.dice_table", lambda results: "")
+    for scale in (1.0, 50.0):
+        path = tmp_path / f"{scale}.pth"
+        torch.save({**state, "conv1.weight": scale * state["conv1.weight"]}, path)
+        flags = ["--encoder", path, "--mode", "linear", "--no-controls"]
+        assert segment(tiny_task, tmp_path / f"run{scale}", *flags) == 0
+    first, second = seen
+    assert "3 channels summed into 1" in capsys.readouterr().out
+    assert second.bn1.running_var.mean() > 1000 * first.bn1.running_var.mean() > 0
+    image = torch.rand(1, 1, 48, 48)
+    torch.testing.assert_close(second(image), first(image), rtol=0.05, atol=0.05)
+
+
+def test_every_model_is_kept_with_what_prediction_needs(finished, tiny_task):
+    labels = json.loads((tiny_task / "dataset.json").read_text())["labels"]
+    for name in ("linear-pretrained", "linear-random", "finetune-pretrained", "finetune-scratch"):
+        segmenter = load_segmenter(finished / f"segmenters/{name}.pt")
+        assert dict(zip(map(str, segmenter.values), segmenter.classes, strict=True)) == labels
+        assert segmenter.decoder == ("linear" if name.startswith("linear") else "unet")
+        assert (segmenter.settings.modality, segmenter.settings.slice_axis) == ("ct", 2)
+
+
+def test_a_stage_without_its_model_is_not_finished(finished):
+    model = finished / "segmenters/linear-random.pt"
+    result = finished / "predictions/linear-random/result.json"
+    before, weights = json.loads(result.read_text())["result"], load_segmenter(model).model
+    model.unlink()
+    assert run_command(main, ["--output", str(finished), "--resume"]) == 0
+    assert json.loads(result.read_text())["result"]["dice_per_volume"] == before["dice_per_volume"]
+    for name, value in load_segmenter(model).model.state_dict().items():
+        torch.testing.assert_close(value, weights.state_dict()[name], rtol=0, atol=0)

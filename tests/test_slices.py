@@ -6,7 +6,14 @@ import pytest
 import torch
 
 from medmoco.data.cache import CacheSettings, build_cache, task_sources
-from medmoco.data.slices import PixelGrid, SliceDataset, choose_grid, fit_slice, unfit
+from medmoco.data.slices import (
+    PixelGrid,
+    SliceDataset,
+    choose_grid,
+    fit_slice,
+    fit_stack,
+    unfit,
+)
 from medmoco.data.task import read_task
 
 
@@ -144,3 +151,29 @@ def test_workers_get_the_place_of_the_cache_instead_of_its_content(cache):
     content = pickle.dumps(dataset)
     assert len(content) < 2000
     torch.testing.assert_close(pickle.loads(content)[1], dataset[1])
+
+
+@pytest.mark.parametrize("shape", [(20, 20), (7, 31), (40, 12)])
+@pytest.mark.parametrize("spacing", [(1.0, 1.0), (0.6, 1.3)])
+def test_stack_is_fitted_slice_by_slice(shape, spacing):
+    slices = torch.rand(3, *shape)
+    for grid in (PixelGrid(64, 1.0), PixelGrid(53, 0.9)):
+        fitted = fit_stack(slices, spacing, grid)
+        expected = [fit_slice(one.numpy(), spacing, grid) for one in slices]
+        np.testing.assert_allclose(fitted[:, 0], expected, atol=1e-6)
+
+
+def test_stack_that_is_larger_than_the_grid_is_kept_whole():
+    slices, grid = torch.rand(2, 20, 31), PixelGrid(16, 1.0)
+    assert torch.equal(fit_stack(slices, (1.0, 1.0), grid)[:, 0], slices)
+    wide = fit_stack(slices, (0.5, 1.0), grid)
+    assert wide.shape == (2, 1, 16, 31)
+    assert not wide[:, :, :3].any() and not wide[:, :, 13:].any()  # 10 rows in the middle
+
+
+def test_linear_ramp_comes_back_from_a_canvas_that_is_larger_than_the_grid():
+    rows, columns = torch.arange(20.0)[:, None], torch.arange(32.0)
+    ramp, grid = (3 * rows + columns)[None], PixelGrid(16, 1.0)
+    back = unfit(fit_stack(ramp, (2.0, 1.0), grid), (20, 32), (2.0, 1.0), grid)[:, 0]
+    inside = (slice(None), slice(2, -2), slice(2, -2))
+    torch.testing.assert_close(back[inside], ramp[inside], atol=1e-3, rtol=0)

@@ -98,10 +98,15 @@ def test_first_fold_of_nnunet_is_taken(tmp_path):
         ("{", "expected a readable JSON split"),
         ("[]", 'expected lists "train" and "test"'),
         ('{"train": ["p00s0"]}', 'expected lists "train" and "test"'),
+        ('[{"train": ["p00s0"]}]', 'expected lists "train" and "val" in each of nnU-Net'),
+        ('["p00s0"]', 'expected lists "train" and "val" in each of nnU-Net'),
         ('{"train": "p00s0", "test": []}', 'expected a list of case names under "train"'),
         ('{"train": [], "test": ["p00s0"]}', 'expected at least one case under "train", got none'),
-        ('{"train": ["x"], "test": ["p00s0"]}', "expected cases of folder, got 1 .*, x for one"),
-        ('{"train": ["p00s0"], "test": ["p00s1"]}', "in train or in test, got p00 in both"),
+        (
+            '{"train": ["x"], "test": ["p00s0"]}',
+            "cases of folder, got 1 that it does not hold, or that --exclude leaves out: x",
+        ),
+        ('{"train": ["p00s0"], "test": ["p00s1"]}', "in train or in test, got 1 in both: p00"),
     ],
 )
 def test_bad_split_file_is_named(tmp_path, content, message):

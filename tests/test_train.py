@@ -175,3 +175,7 @@ def test_flags_win_over_what_the_phantom_run_would_choose(tmp_path, monkeypatch)
     located = train.locate_data(asked)
     assert located.task == located.data == tmp_path / "phantom"
     assert (located.width, located.image_size) == (0.5, train.PHANTOM_FLAGS["image_size"])
+
+
+def test_decoder_goes_over_to_segmentation():
+    assert train.segment_config(train.TrainConfig(decoder="deeplab")).decoder == "deeplab"

@@ -93,6 +93,18 @@ def test_label_of_floating_point_becomes_integer(tmp_path):
     np.testing.assert_array_equal(labels, ramp())
 
 
+@pytest.mark.parametrize(("slope", "intercept"), [(1, 0), (1, 3), (2, 0), (2, -1)])
+def test_header_scaling_of_a_label_is_applied(tmp_path, slope, intercept):
+    image = nib.Nifti1Image(ramp(kind=np.uint8), np.eye(4))
+    content = bytearray(image.to_bytes())
+    content[112:120] = np.array([slope, intercept], "<f4").tobytes()
+    path = tmp_path / "a.nii"
+    path.write_bytes(content)
+    expected = np.asarray(nib.load(path).dataobj)
+    assert expected.flat[2] == 2 * slope + intercept
+    np.testing.assert_array_equal(read_volume(path, label=True).voxels, expected)
+
+
 def test_constant_label_is_fine(tmp_path):
     path = save_volume(tmp_path / "a.nii.gz", np.zeros((3, 3, 3), np.uint8))
     assert not read_volume(path, label=True).voxels.any()

@@ -2,8 +2,15 @@ import pytest
 import torch
 
 from medmoco.errors import UserError
+from medmoco.models.branch import Branch
 from medmoco.models.encoder import Encoder, fold_whitening, load_encoder, save_encoder
-from medmoco.models.whitening import IterNorm, ZCAWhitening, replace_last_norm
+from medmoco.models.whitening import (
+    IterNorm,
+    ZCAWhitening,
+    keep_whitening,
+    map_whitening_state,
+    replace_last_norm,
+)
 
 
 @pytest.fixture(autouse=True)
@@ -246,3 +253,49 @@ def test_saving_folds_the_whitening(tmp_path):
     loaded, _ = load_encoder(tmp_path / "encoder.pt")
     images = torch.randn(2, 1, 48, 48)
     torch.testing.assert_close(loaded(images), encoder.eval()(images), atol=1e-5, rtol=1e-5)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("stride", [8, 4])
+@pytest.mark.parametrize("group", [16, 64])
+@pytest.mark.parametrize("kind", [ZCAWhitening, IterNorm])
+def test_a_kept_whitening_gives_maps_whose_average_is_the_whitened_feature(
+    tmp_path, kind, group, stride
+):
+    encoder = Encoder("resnet18", width=0.125, output_stride=stride)
+    branch = Branch(encoder, 8, kind(encoder.channels[-1], group), local=False)
+    for _ in range(3):
+        branch.train()(torch.randn(256, 1, 17, 24))
+    branch.eval()
+    state = map_whitening_state(branch.whitening)
+    save_encoder(tmp_path / "encoder.pt", encoder, whitening=state)
+    images = torch.randn(2, 1, 33, 40)
+    pooled = branch(images).pooled
+    expected = branch.whitening(pooled)
+    assert (expected - pooled).abs().max() > 0.1
+
+    loaded, metadata = load_encoder(tmp_path / "encoder.pt")
+    loaded.set_output_stride(stride)
+    keep_whitening(loaded, metadata["whitening"])
+    found = loaded(images).mean((2, 3))
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+    for kept, plain in zip(loaded.pyramid(images)[:-1], encoder.pyramid(images)[:-1], strict=True):
+        torch.testing.assert_close(kept, plain)
+
+
+@pytest.mark.parametrize(
+    ("state", "message"),
+    [
+        (None, "it holds no whitening after pooling"),
+        ({"weight": torch.ones(32, 8, 1, 1), "mean": torch.ones(32)}, "does not fit 64 channels"),
+        ({"weight": torch.ones(64, 3, 1, 1), "mean": torch.ones(64)}, "does not fit 64 channels"),
+        ({"weight": torch.ones(64, 8, 1, 1)}, "does not fit 64 channels"),
+        ({"weight": "W", "mean": torch.ones(64)}, "does not fit 64 channels"),
+        (3, "does not fit 64 channels"),
+    ],
+)
+def test_a_whitening_that_does_not_fit_is_not_kept(state, message):
+    encoder = Encoder("resnet18", width=0.125)
+    with pytest.raises(UserError, match=message):
+        keep_whitening(encoder, state)
+    assert encoder.whitening is None

@@ -229,8 +229,9 @@ def _convert_image(source: Source, settings: CacheSettings) -> _Image:
     volume = read_volume(source.image, settings.channel)
     auto = settings.modality == "auto"
     modality = guess_modality(volume.voxels) if auto else settings.modality
-    pixels = to_pixels(source.image, volume.voxels, modality, settings.window)
-    return _Image(_contiguous_stack(pixels, settings), volume.grid, modality)
+    assert settings.slice_axis is not None  # chosen before the conversion
+    pixels = to_pixels(source.image, volume.voxels, modality, settings.window, settings.slice_axis)
+    return _Image(pixels, volume.grid, modality)
 
 
 def _convert_label(
@@ -242,12 +243,9 @@ def _convert_label(
     label = read_volume(source.label, label=True)
     if image is None:
         return None
-    return _contiguous_stack(to_classes(source.label, label, image, values), settings)
-
-
-def _contiguous_stack(array: np.ndarray, settings: CacheSettings) -> np.ndarray:
     assert settings.slice_axis is not None  # chosen before the conversion
-    return np.ascontiguousarray(to_stack(array, settings.slice_axis))
+    classes = to_classes(source.label, label, image, values)
+    return np.ascontiguousarray(to_stack(classes, settings.slice_axis))
 
 
 def _entry(source: Source, image: _Image, settings: CacheSettings) -> VolumeEntry:

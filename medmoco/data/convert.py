@@ -7,7 +7,7 @@ import numpy as np
 
 from medmoco.data.nifti import VolumeError
 from medmoco.data.store import FULL_SCALE
-from medmoco.data.volumes import Grid, Volume
+from medmoco.data.volumes import Grid, Volume, to_stack
 
 CLEARLY_COARSER = 1.1  # ratio of spacings
 AXIAL = 2
@@ -31,9 +31,19 @@ def guess_modality(voxels: np.ndarray) -> str:
 
 
 def to_pixels(
-    path: Path, voxels: np.ndarray, modality: str, window: tuple[float, float]
+    path: Path, voxels: np.ndarray, modality: str, window: tuple[float, float], axis: int
 ) -> np.ndarray:
     """Clips to the HU window (CT) or the 0.5 to 99.5 percentiles (MR), scaled to 0..65535.
+
+    Args:
+        path: of the volume, for errors.
+        voxels: (x, y, z) float32 in canonical order.
+        modality: "ct" or "mr".
+        window: HU that become 0 and 65535 in CT.
+        axis: along which slices are cut.
+
+    Returns:
+        (n, h, w) uint16, the stack of slices as `to_stack` cuts it.
 
     Raises:
         VolumeError: every voxel lies on one side of the window.
@@ -47,15 +57,25 @@ def to_pixels(
                 f"got {voxels.min():g} to {voxels.max():g}",
             )
     else:
-        sample = voxels.ravel(order="K")[:: max(1, voxels.size // PERCENTILE_VOXELS)]
-        low, high = np.percentile(sample, MR_PERCENTILES)
+        low, high = np.percentile(_sample(voxels), MR_PERCENTILES)
         if low == high:  # nearly everything has one value
             low, high = voxels.min(), voxels.max()
-    # In place, since a volume can fill much of the memory; float64 would double it.
-    scaled = np.clip(voxels, np.float32(low), np.float32(high))
-    scaled -= np.float32(low)
-    scaled *= np.float32(FULL_SCALE / (float(high) - float(low)))
-    return np.rint(scaled, out=scaled).clip(0, FULL_SCALE).astype(np.uint16)
+    factor = np.float32(FULL_SCALE / (float(high) - float(low)))
+    stack = to_stack(voxels, axis)
+    pixels = np.empty(stack.shape, np.uint16)
+    # A slice at a time, since a volume can fill much of the memory.
+    for plane, out in zip(stack, pixels, strict=True):
+        scaled = np.clip(plane, np.float32(low), np.float32(high))
+        scaled -= np.float32(low)
+        scaled *= factor
+        out[:] = np.rint(scaled, out=scaled).clip(0, FULL_SCALE, out=scaled)
+    return pixels
+
+
+def _sample(voxels: np.ndarray) -> np.ndarray:
+    """Evenly spaced voxels in the order of the memory, without a copy of the others."""
+    in_memory = voxels.transpose(np.argsort(np.negative(np.abs(voxels.strides)), kind="stable"))
+    return in_memory.flat[:: max(1, voxels.size // PERCENTILE_VOXELS)]
 
 
 def to_classes(path: Path, label: Volume, image: Grid, values: Sequence[int]) -> np.ndarray:
@@ -64,25 +84,37 @@ def to_classes(path: Path, label: Volume, image: Grid, values: Sequence[int]) ->
     Raises:
         VolumeError: another shape or affine than the image's, or values that name no class.
     """
-    if label.grid.shape != image.shape:
-        raise VolumeError(
-            path, f"expected the shape of its image, {image.shape}, got {label.voxels.shape}"
-        )
-    apart = displacement(label.affine, image)
-    if apart > MAX_DISPLACEMENT * image.spacing.min():
-        raise VolumeError(
-            path,
-            f"expected the affine of its image, {_rows(image.affine)}, got {_rows(label.affine)}: "
-            f"voxels lie up to {apart:.3g} mm apart",
-        )
-    found = np.unique(label.voxels)
+    require_grid(path, label.grid, image, "its image")
+    require_values(path, np.unique(label.voxels), values)
+    table = np.zeros(max(values) + 1, np.uint8)
+    table[list(values)] = np.arange(len(values))
+    return table[label.voxels]
+
+
+def require_grid(path: Path, found: Grid, expected: Grid, of: str) -> None:
+    """Checks that a volume lies where it should, voxel by voxel.
+
+    Raises:
+        VolumeError: shows both grids and says `of` whom: the shapes differ, or where voxels lie.
+    """
+    same_shape = found.shape == expected.shape
+    apart = displacement(found.affine, expected) if same_shape else 0.0
+    if same_shape and apart <= MAX_DISPLACEMENT * expected.spacing.min():
+        return
+    reason = f"expected the grid of {of}, {_described(expected)}, got {_described(found)}"
+    raise VolumeError(path, reason + (f": voxels lie up to {apart:.3g} mm apart" * same_shape))
+
+
+def require_values(path: Path, found: np.ndarray, values: Sequence[int]) -> None:
+    """Checks the label values that a file holds against those that name a class.
+
+    Raises:
+        VolumeError: names a few of those that do not.
+    """
     unknown = np.setdiff1d(found, values)
     if len(unknown):
         listed = ", ".join(map(str, unknown[:10])) + (", ..." if len(unknown) > 10 else "")
         raise VolumeError(path, f"expected label values {list(values)}, got also {listed}")
-    table = np.zeros(max(values) + 1, np.uint8)
-    table[list(values)] = np.arange(len(values))
-    return table[label.voxels]
 
 
 def displacement(affine: np.ndarray, grid: Grid) -> float:
@@ -92,5 +124,6 @@ def displacement(affine: np.ndarray, grid: Grid) -> float:
     return float(np.linalg.norm(((affine - grid.affine) @ corners)[:3], axis=0).max())
 
 
-def _rows(affine: np.ndarray) -> str:
-    return np.array2string(affine[:3].round(4), separator=", ").replace("\n", "")
+def _described(grid: Grid) -> str:
+    rows = np.array2string(grid.affine[:3].round(4), separator=", ").replace("\n", "")
+    return f"shape {grid.shape} and affine {rows}"

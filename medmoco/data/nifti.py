@@ -22,7 +22,7 @@ from medmoco.errors import UserError
 MAX_GZIP_RATIO = 1032
 MAX_TRAILING_BYTES = 64 << 20  # padding that some writers leave; more than that is no padding
 CHUNK_BYTES = 1 << 20
-# float32 voxels, the 16-bit slices made of them, and two temporaries of their size.
+# The float64 values of a label map and a temporary; an image takes half of it.
 WORKING_BYTES_PER_VOXEL = 16
 
 
@@ -64,11 +64,17 @@ def read_layout(path: Path) -> Layout:
         return _parse_header(path, stream)
 
 
-def read_channel(path: Path, channel: int) -> tuple[np.ndarray, Layout]:
+def read_channel(
+    path: Path, channel: int, kind: type[np.generic] | None = None
+) -> tuple[np.ndarray, Layout]:
     """Reads one volume of a file, and the stream to its end, so that the CRC is checked.
 
+    Args:
+        kind: type to convert to while reading, so that the voxels are in memory once; None for the
+            file's own.
+
     Returns:
-        (x, y, z) as stored, in the file's own type, without the header's scaling; and the layout.
+        (x, y, z) as stored, without the header's scaling; and the layout.
 
     Raises:
         VolumeError: what `read_layout` raises, a truncated or damaged stream, a header that
@@ -81,13 +87,13 @@ def read_channel(path: Path, channel: int) -> tuple[np.ndarray, Layout]:
                 path, f"expected a channel below {layout.channels}, got --channel {channel}"
             )
         _check_promise(path, layout)
-        voxels = np.empty(prod(layout.shape), layout.dtype)
+        voxels = np.empty(prod(layout.shape), kind or layout.dtype)
         stream.seek(layout.offset + channel * layout.channel_bytes)
-        got = _fill(stream, voxels.data.cast("B"))
+        got = _fill(stream, voxels, layout.dtype)
         behind = (layout.channels - 1 - channel) * layout.channel_bytes
-        if got == voxels.nbytes:
+        if got == layout.channel_bytes:
             got += _drain(stream, behind + MAX_TRAILING_BYTES)
-    promised = voxels.nbytes + behind
+    promised = layout.channel_bytes + behind
     if got < promised:
         whole = layout.offset + layout.channels * layout.channel_bytes
         raise VolumeError(
@@ -225,11 +231,27 @@ def available_memory() -> int:
         return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
-def _fill(stream: BinaryIO, buffer: memoryview) -> int:
-    """Reads until the buffer is full or the stream ends; returns the bytes read."""
+def _fill(stream: BinaryIO, voxels: np.ndarray, stored: np.dtype) -> int:
+    """Reads voxels of type `stored` until all are there or the stream ends; the bytes read."""
+    step = CHUNK_BYTES // stored.itemsize
+    filled = 0
+    for start in range(0, len(voxels), step):
+        part = voxels[start : start + step]
+        buffer = part if part.dtype == stored else np.empty(len(part), stored)
+        got = _fill_bytes(stream, buffer.data.cast("B"))
+        filled += got
+        if got < buffer.nbytes:
+            break
+        if buffer is not part:
+            with np.errstate(over="ignore", invalid="ignore"):  # found as infinite later on
+                part[:] = buffer
+    return filled
+
+
+def _fill_bytes(stream: BinaryIO, buffer: memoryview) -> int:
     filled = 0
     while filled < len(buffer):
-        count = stream.readinto(buffer[filled : filled + CHUNK_BYTES])  # type: ignore[attr-defined]
+        count = stream.readinto(buffer[filled:])  # type: ignore[attr-defined]
         if not count:
             break
         filled += count

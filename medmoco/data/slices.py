@@ -69,13 +69,37 @@ def fit_slice(array: np.ndarray, spacing: tuple[float, float], grid: PixelGrid) 
     return canvas
 
 
+def fit_stack(slices: Tensor, spacing: tuple[float, float], grid: PixelGrid) -> Tensor:
+    """Resamples slices as `fit_slice` does, and centres each on a canvas that holds all of it.
+
+    Args:
+        slices: (B, h, w), floating point.
+        spacing: millimetres between rows and between columns.
+
+    Returns:
+        (B, 1, H, W) with H and W at least `grid.size`.
+    """
+    shape = (slices.shape[1], slices.shape[2])
+    content = grid.content(shape, spacing)
+    images = slices[:, None]
+    if content != shape:
+        images = functional.interpolate(images, content, mode="bilinear", antialias=True)
+    height, width = (max(grid.size, count) for count in content)
+    if (height, width) == content:
+        return images
+    canvas = images.new_zeros(len(images), 1, height, width)
+    (to_row, _), (to_column, _) = _centred(height, content[0]), _centred(width, content[1])
+    canvas[..., to_row, to_column] = images
+    return canvas
+
+
 def unfit(
     maps: Tensor, shape: tuple[int, int], spacing: tuple[float, float], grid: PixelGrid
 ) -> Tensor:
-    """Brings maps from the canvas back to a slice's own pixels: the geometry of `fit_slice` undone.
+    """Brings maps from a canvas back to a slice's own pixels: undoes `fit_slice` and `fit_stack`.
 
     Args:
-        maps: (..., size, size), logits or probabilities.
+        maps: (..., H, W), logits or probabilities.
         shape: (h, w) of the slice.
         spacing: millimetres between its rows and between its columns.
 
@@ -83,7 +107,9 @@ def unfit(
         (..., h, w), interpolated bilinearly; where the slice was cropped, the edge is repeated.
     """
     content = grid.content(shape, spacing)
-    (to_row, from_row), (to_column, from_column) = (_centred(grid.size, n) for n in content)
+    height, width = maps.shape[-2:]
+    to_row, from_row = _centred(height, content[0])
+    to_column, from_column = _centred(width, content[1])
     lead = maps.shape[:-2]
     inside = maps[..., to_row, to_column].reshape(1, -1, *_lengths(to_row, to_column))
     if content != tuple(inside.shape[-2:]):

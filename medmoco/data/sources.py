@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from medmoco.data.task import CHANNEL, Task, patient_of
-from medmoco.data.volumes import ABDOMEN_1K_IMAGES, find_volumes, volume_name
+from medmoco.data.volumes import ABDOMEN_1K_IMAGES, SUFFIXES, find_volumes, volume_name
 from medmoco.errors import UserError
 
 
@@ -45,7 +45,7 @@ def folder_sources(
     folder = Path(folder)
     paths = find_volumes(folder)
     counts = Counter(volume_name(path) for path in paths)
-    with_channels = _folders_of_channels(paths)
+    with_channels = folders_of_channels(paths)
     sources = []
     for path in paths:
         name = file_name = volume_name(path)
@@ -62,11 +62,27 @@ def folder_sources(
     return sources
 
 
-def _folders_of_channels(paths: Collection[Path]) -> set[Path]:
-    """Folders of images by their name, all of whose files end in a channel's number."""
-    plain = {path.parent for path in paths if not CHANNEL.search(volume_name(path))}
+def folders_of_channels(paths: Collection[Path], any_name: bool = False) -> set[Path]:
+    """Folders of images by their name, all of whose files end in a channel's number.
+
+    Every case has a channel 0000; where no file ends in it, the numbers are those of cases.
+
+    Args:
+        any_name: also folders that are not named as those of images.
+    """
     named = ("images", ABDOMEN_1K_IMAGES)
-    return {path.parent for path in paths if path.parent.name.startswith(named)} - plain
+    folders = {path.parent for path in paths}
+    return {
+        folder
+        for folder in folders
+        if (any_name or folder.name.startswith(named)) and _holds_channels(folder)
+    }
+
+
+def _holds_channels(folder: Path) -> bool:
+    beside = (path for path in folder.glob("[!.]*") if path.name.endswith(SUFFIXES))
+    numbers = [CHANNEL.search(volume_name(path)) for path in beside]
+    return all(numbers) and any(number and int(number[1]) == 0 for number in numbers)
 
 
 def read_case_list(path: Path) -> frozenset[str]:

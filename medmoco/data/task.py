@@ -108,6 +108,15 @@ def read_task(folder: Path, patients: str | None = None) -> Task:
     return Task(folder, cases, classes, values, _modality(content))
 
 
+def read_classes(path: Path) -> tuple[tuple[str, ...], tuple[int, ...]]:
+    """Names and values of the classes from a dataset.json; the background, 0, comes first.
+
+    Raises:
+        UserError: not readable, or no classes that could be told apart.
+    """
+    return _classes(path, _read_description(path))
+
+
 def patient_of(name: str, patients: str | None) -> str:
     """The patient that a case belongs to; by default each case is a patient of its own.
 
@@ -211,17 +220,17 @@ def _paired_files(folder: Path) -> dict[str, tuple[Path, Path]]:
     found = [path for part in images for path in find_volumes(part)]
     first_channels = [path for path in found if volume_name(path).endswith("_0000")]
     channels = bool(first_channels) and all(CHANNEL.search(volume_name(path)) for path in found)
-    by_key = {_key(volume_name(path)): path for path in find_volumes(folder / labels)}
+    by_key = {case_key(volume_name(path)): path for path in find_volumes(folder / labels)}
     files = {}
     for image in first_channels if channels else found:
         name = CHANNEL.sub("", volume_name(image)) if channels else volume_name(image)
         absent = folder / labels / image.name.replace(volume_name(image), name)
-        files[name] = (image, by_key.get(_key(name), absent))
+        files[name] = (image, by_key.get(case_key(name), absent))
     return files
 
 
-def _key(name: str) -> str:
-    """What image and label names share: img0001 and label0001 are one case."""
+def case_key(name: str) -> str:
+    """What the names of a case's files share: img0001 and label0001 are one case."""
     return ROLE.sub("", name).lower()
 
 

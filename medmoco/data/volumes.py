@@ -2,7 +2,7 @@
 
 import gzip
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -26,6 +26,7 @@ from medmoco.output import write_bytes_atomic
 ABDOMEN_1K_IMAGES, ABDOMEN_1K_LABELS = "AbdomenCT-1K-ImagePart", "Mask"
 SUFFIXES = (".nii.gz", ".nii")
 AXIS_NAMES = ("sagittal", "coronal", "axial")
+LABEL_TYPES: tuple[type[np.integer], ...] = (np.uint8, np.uint16, np.int32)
 CANONICAL = np.array([[0, 1], [1, 1], [2, 1]])  # RAS+ in nibabel's notation
 
 
@@ -119,7 +120,7 @@ def read_volume(path: Path, channel: int = 0, label: bool = False) -> Volume:
             memory holds; NaN or infinite voxels; a constant image; a label that is not integer.
     """
     path = Path(path)
-    stored, layout = read_channel(path, channel)
+    stored, layout = read_channel(path, channel, None if label else np.float32)
     voxels = _label_values(path, stored, layout) if label else _intensities(path, stored, layout)
     voxels = apply_orientation(voxels, io_orientation(layout.affine))
     return Volume(voxels, _canonical_grid(layout).affine)
@@ -145,33 +146,50 @@ def from_stack(stack: np.ndarray, axis: int) -> np.ndarray:
     return stack[:, ::-1, ::-1].transpose(np.argsort(stack_axes(axis)))
 
 
+def label_type(values: Sequence[int]) -> type[np.integer]:
+    """The smallest of uint8, uint16 and int32 that holds these class values of at least 0."""
+    return next(kind for kind in LABEL_TYPES if max(values) <= np.iinfo(kind).max)
+
+
 def write_label_map(path: Path, stack: np.ndarray, like: Path, axis: int) -> None:
     """Writes a label map on the grid, orientation and affine of the image it was made from.
 
     Args:
         path: .nii or .nii.gz; appears whole or not at all.
-        stack: (n, h, w) uint8 class values of the dataset, cut along `axis`.
+        stack: (n, h, w) class values of the dataset, cut along `axis`; the file keeps its type.
         like: the original image file.
 
     Raises:
         UserError: `like` cannot be read, or its grid is not that of the stack.
     """
     layout = read_layout(Path(like))
-    canonical = from_stack(np.asarray(stack, np.uint8), axis)
-    grid = _canonical_grid(layout)
-    if canonical.shape != grid.shape:
-        raise UserError(f"{like}: expected a grid of {canonical.shape} voxels, got {grid.shape}")
-    stored = apply_orientation(canonical, ornt_transform(CANONICAL, io_orientation(layout.affine)))
+    stored = to_stored(from_stack(stack, axis), layout, like)
     header = layout.header.copy()
-    header.set_data_dtype(np.uint8)
+    header.set_data_dtype(stack.dtype)
     header.set_data_shape(stored.shape)
     header.set_slope_inter(1, 0)
     header["cal_max"] = header["cal_min"] = 0  # the display window of the image
-    kind = Nifti2Image if isinstance(header, Nifti2Header) else Nifti1Image
-    content = kind(stored, None, header).to_bytes()
+    image = Nifti2Image if isinstance(header, Nifti2Header) else Nifti1Image
+    content = image(stored, None, header).to_bytes()
     if Path(path).name.endswith(".gz"):
         content = gzip.compress(content, compresslevel=6, mtime=0)
     write_bytes_atomic(Path(path), content)
+
+
+def to_stored(canonical: np.ndarray, layout: Layout, like: Path) -> np.ndarray:
+    """Brings voxels (x, y, z) from canonical order to that of a file; a view.
+
+    Args:
+        layout: of the file `like`.
+
+    Raises:
+        UserError: the file's grid is another one.
+    """
+    grid = _canonical_grid(layout)
+    if canonical.shape != grid.shape:
+        raise UserError(f"{like}: expected a grid of {canonical.shape} voxels, got {grid.shape}")
+    turn = ornt_transform(CANONICAL, io_orientation(layout.affine))
+    return apply_orientation(canonical, turn)
 
 
 def _files(folder: Path) -> Iterator[Path]:
@@ -207,10 +225,11 @@ def _canonical_grid(layout: Layout) -> Grid:
 
 
 def _intensities(path: Path, stored: np.ndarray, layout: Layout) -> np.ndarray:
-    voxels = _scaled(stored, layout, np.float32)
-    if not np.isfinite(voxels).all():
-        count = int(voxels.size - np.isfinite(voxels).sum())
+    voxels = _scaled(stored, layout)
+    if not (finite := np.isfinite(voxels)).all():
+        count = int(finite.size - finite.sum())
         raise VolumeError(path, f"expected finite voxels, got {count:,} NaN or infinite ones")
+    del finite
     low, high = float(voxels.min()), float(voxels.max())
     if low == high:
         raise VolumeError(path, f"expected an image, got a constant volume (all voxels {low:g})")
@@ -218,18 +237,20 @@ def _intensities(path: Path, stored: np.ndarray, layout: Layout) -> np.ndarray:
 
 
 def _label_values(path: Path, stored: np.ndarray, layout: Layout) -> np.ndarray:
-    if stored.dtype.kind in "iu" and layout.header.get_slope_inter()[0] in (None, 1):
+    unscaled = layout.header.get_slope_inter() in ((None, None), (1, 0))
+    if unscaled and stored.dtype.kind in "iu":
         return stored.astype(stored.dtype.newbyteorder("="))
-    values = _scaled(stored, layout, np.float64)
+    values = _scaled(stored.astype(np.float64), layout)
     if not np.isfinite(values).all() or (values != np.rint(values)).any():
         raise VolumeError(path, "expected a label map of whole numbers, got fractions or NaN")
     return values.astype(np.int64)
 
 
-def _scaled(stored: np.ndarray, layout: Layout, kind: type) -> np.ndarray:
+def _scaled(voxels: np.ndarray, layout: Layout) -> np.ndarray:
+    """Applies the header's slope and intercept to floating-point voxels, in place."""
     slope, intercept = layout.header.get_slope_inter()
-    with np.errstate(over="ignore", invalid="ignore"):  # what overflows is reported as infinite
-        voxels: np.ndarray = stored.astype(kind)
-        if slope is not None and (slope, intercept) != (1, 0):
-            voxels = voxels * kind(slope) + kind(intercept)
+    if slope is not None and (slope, intercept) != (1, 0):
+        with np.errstate(over="ignore", invalid="ignore"):  # what overflows is found as infinite
+            voxels *= voxels.dtype.type(slope)
+            voxels += voxels.dtype.type(intercept)
     return voxels

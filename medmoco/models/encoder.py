@@ -41,6 +41,8 @@ class Encoder(nn.Module):
 
     Attributes:
         channels: channels of the five maps of `pyramid`.
+        whitening: a layer that the last map passes through, or None; see `keep_whitening` in
+            medmoco.models.whitening.
 
     Raises:
         UserError: an argument is out of range.
@@ -70,6 +72,7 @@ class Encoder(nn.Module):
             _make_layer(block, inputs, *rest)
             for inputs, *rest in zip(self.channels, planes, depths, _LAYER_STRIDES, strict=False)
         )
+        self.whitening: nn.Conv2d | None = None
         self.set_output_stride(output_stride)
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
@@ -96,7 +99,10 @@ class Encoder(nn.Module):
         first = self.layer1(self.maxpool(stem))
         second = self.layer2(first)
         third = self.layer3(second)
-        return stem, first, second, third, self.layer4(third)
+        last = self.layer4(third)
+        if self.whitening is not None:
+            last = self.whitening(last)
+        return stem, first, second, third, last
 
     def set_output_stride(self, output_stride: int) -> None:
         """Changes the stride of the last map in place; the weights stay as they are.
@@ -216,7 +222,7 @@ def load_encoder(path: Path) -> tuple[Encoder, dict[str, Any]]:
         reason = str(error).split("\n", 1)[0]  # PyTorch's messages go on with stack frames
         raise UserError(f"{path}: the encoder's settings are damaged: {reason}") from error
     state = content.pop("state_dict", None)
-    problem = _mismatch(encoder.state_dict(), state)
+    problem = mismatch(encoder.state_dict(), state)
     if problem:
         raise UserError(f"{path}: the weights do not fit {encoder.arch}: {problem}")
     encoder.load_state_dict(state, assign=True)
@@ -265,7 +271,7 @@ def _read_content(path: Path) -> dict[str, Any]:
     return content
 
 
-def _mismatch(expected: dict[str, Tensor], state: Any) -> str | None:
+def mismatch(expected: dict[str, Tensor], state: Any) -> str | None:
     """What keeps `state` from being loaded, in words, or None."""
     if not isinstance(state, dict):
         return f"expected a state_dict, got {type(state).__name__}"

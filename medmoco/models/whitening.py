@@ -1,6 +1,7 @@
 """Layers that whiten features in groups of channels: exact ZCA and IterNorm."""
 
 import abc
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -230,6 +231,68 @@ class IterNorm(_Whitening):
         # the few iterations keep directions without variance from being blown up.
         if pooled:
             super()._check_samples(samples, pooled)
+
+
+class MapWhitening(nn.Conv2d):
+    """The whitening of pooled features at every cell of the map: W (x - mean), a 1x1 convolution.
+
+    Averaging over the map is linear, so whitened cells have the whitened features as their average.
+
+    Args:
+        features: channels D.
+        group_size: channels whitened together.
+    """
+
+    mean: Tensor
+
+    def __init__(self, features: int, group_size: int) -> None:
+        super().__init__(features, features, 1, groups=features // group_size, bias=False)
+        # Subtracted first: as a bias it would cancel digits where the mean is far from zero.
+        self.register_buffer("mean", torch.zeros(features))
+
+    def forward(self, feature_map: Tensor) -> Tensor:
+        """(B, D, h, w), whitened across D; the same shape."""
+        return super().forward(feature_map - self.mean[:, None, None])
+
+
+def group_of(layer: nn.Conv2d | None) -> int | None:
+    """Channels whitened together by a `MapWhitening`; None for none."""
+    return None if layer is None else layer.weight.shape[1]
+
+
+def map_whitening_state(whitening: nn.Module | None) -> dict[str, Tensor] | None:
+    """Eval mode of a whitening as state_dict of a `MapWhitening`, on the CPU; None without one.
+
+    Returns:
+        "weight" (D, group_size, 1, 1) and "mean" (D,), float32: what encoder.pt holds.
+    """
+    if whitening is None:
+        return None
+    assert isinstance(whitening, _Whitening) and whitening.weight is None
+    mean, blocks = whitening._running_blocks()
+    weight = blocks.reshape(whitening.features, whitening.group_size, 1, 1)
+    return {"weight": weight.detach().cpu().clone(), "mean": mean.detach().cpu().clone()}
+
+
+def keep_whitening(encoder: Encoder, state: Any) -> None:
+    """Appends the whitening that an encoder was pretrained with to it, as its last layer.
+
+    Args:
+        encoder: changed in place.
+        state: as `map_whitening_state` gives it.
+
+    Raises:
+        UserError: there is none, or it does not fit the encoder.
+    """
+    if state is None:
+        raise UserError("it holds no whitening after pooling")
+    features = encoder.channels[-1]
+    try:
+        layer = MapWhitening(features, group_size=state["weight"].shape[1])
+        layer.load_state_dict(state)
+    except Exception as error:  # the entry of a file can be anything
+        raise UserError(f"its whitening does not fit {features} channels") from error
+    encoder.whitening = layer
 
 
 def replace_last_norm(encoder: Encoder, layer: nn.Module) -> None:

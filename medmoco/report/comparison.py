@@ -7,7 +7,7 @@ from medmoco.report.html import MINUS
 from medmoco.report.run_folder import Result, Run, finite
 
 # Flags that may differ between runs that count as repetitions with another seed.
-NOT_METHOD = {"argv", "cache", "device", "encoder", "output", "seed", "workers"}
+NOT_METHOD = {"argv", "cache", "device", "encoder", "output", "seed", "tensorboard", "workers"}
 TIE = 0.0005  # half of the last digit that is shown
 
 

@@ -1,17 +1,19 @@
 """HTML built from values: whatever is not markup is escaped, and every tag is closed."""
 
 import base64
+import hashlib
 import html
 from collections.abc import Iterable, Sequence
 
-from medmoco.report.run_folder import finite
+from medmoco.report.run_folder import Run, finite
+from medmoco.report.script import SCRIPT
 from medmoco.report.style import STYLE
 
 # Characters that are easily mistaken for others in source code.
 DASH = "\N{EN DASH}"  # stands where there is no value
 TIMES = "\N{MULTIPLICATION SIGN}"
 MINUS = "\N{MINUS SIGN}"
-VOID_ELEMENTS = {"br", "img", "link", "meta", "source"}
+VOID_ELEMENTS = {"br", "img", "input", "link", "meta", "source"}
 
 
 class Markup(str):
@@ -21,16 +23,19 @@ class Markup(str):
 NOTHING = Markup("")
 
 
-def text(value: object) -> Markup:
-    """Escapes a value for element content and quoted attributes.
+def visible(value: object) -> str:
+    """Control characters, lone surrogates and direction marks become visible escapes.
 
-    Control characters, lone surrogates and direction marks become visible escapes: a file name
-    may hold them, and they would break the page or mislead its reader.
+    A file name may hold them, and they would break the page or mislead its reader.
     """
-    visible = "".join(
+    return "".join(
         c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in str(value)
     )
-    return Markup(html.escape(visible, quote=True))
+
+
+def text(value: object) -> Markup:
+    """Escapes a value for element content and quoted attributes, and makes it `visible`."""
+    return Markup(html.escape(visible(value), quote=True))
 
 
 def join(parts: Iterable[object]) -> Markup:
@@ -73,6 +78,11 @@ def number(value: object, digits: int = 3) -> str:
 def of_run(name: str, several: bool, sentence: str) -> str:
     """A sentence on a run: with the run's name before it where the page shows several."""
     return f"{name}: {sentence}" if several else sentence[:1].upper() + sentence[1:]
+
+
+def model_head(name: str, run: Run, runs: Sequence[Run]) -> Markup:
+    """A column's heading: the model, with its run where the page shows several."""
+    return join([name, element("small", run.name) if len(runs) > 1 else None])
 
 
 def note(kind: str, *content: object) -> Markup:
@@ -136,8 +146,12 @@ def framed_table(
     return element("div", whole, class_="frame", tabindex=0, role="region", aria_label=caption)
 
 
-def page(title: str, *content: object) -> Markup:
-    """A whole document that loads nothing: its policy forbids all but inline styles and data."""
+def page(title: str, *content: object, scripted: bool = False) -> Markup:
+    """A whole document that loads nothing, with the report's script if it is `scripted`.
+
+    Its policy forbids all but pictures inside the page, this style sheet and this script.
+    """
+    scripts = f"script-src {_digest(SCRIPT)}; " if scripted else ""
     head = element(
         "head",
         element("meta", charset="utf-8"),
@@ -146,10 +160,18 @@ def page(title: str, *content: object) -> Markup:
         element(
             "meta",
             http_equiv="Content-Security-Policy",
-            content="default-src 'none'; img-src data:; style-src 'unsafe-inline'",
+            content=f"default-src 'none'; img-src data:; style-src {_digest(STYLE)}; {scripts}"
+            "base-uri 'none'; form-action 'none'",
         ),
         element("title", title),
         element("style", Markup(STYLE)),
     )
-    body = element("body", element("main", *content))
+    script = element("script", Markup(SCRIPT)) if scripted else None
+    body = element("body", element("main", *content), script)
     return Markup(f"<!doctype html>\n{element('html', head, body, lang='en')}\n")
+
+
+def _digest(content: str) -> str:
+    """What a Content-Security-Policy calls inline content by."""
+    digest = hashlib.sha256(content.encode()).digest()
+    return f"'sha256-{base64.b64encode(digest).decode('ascii')}'"

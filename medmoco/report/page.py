@@ -12,7 +12,6 @@ from medmoco.report.record import (
 from medmoco.report.results import (
     classes_section,
     main_table,
-    overlays_section,
     volumes_section,
     words,
 )
@@ -23,15 +22,16 @@ from medmoco.report.training import (
     curves_section,
     spectra_section,
 )
+from medmoco.report.viewer import viewer_section
 
 # Sections in the order of the page, by their anchors, as the navigation calls them.
 SECTIONS = (
+    ("classes", "Classes", classes_section),
+    ("volumes", "Volumes", volumes_section),
+    ("viewer", "Viewer", viewer_section),
     ("collapse", "Collapse", collapse_section),
     ("curves", "Curves", curves_section),
     ("spectra", "Spectra", spectra_section),
-    ("classes", "Classes", classes_section),
-    ("volumes", "Volumes", volumes_section),
-    ("overlays", "Overlays", overlays_section),
     ("files", "Skipped files", files_section),
     ("timing", "Timing", timing_section),
     ("configuration", "Configuration", configuration_section),
@@ -62,7 +62,9 @@ def report_page(runs: Sequence[Run]) -> Markup:
     versions = sorted({str(run.config["medmoco"]) for run in runs if run.config.get("medmoco")})
     made_by = f"Made from run folders of medmoco {', '.join(versions)}." if versions else ""
     footer = element("footer", element("p", left_out + made_by))
-    return page(f"{title} · medmoco report", header, *(c for _, _, c in present), footer)
+    scripted = any(anchor == "viewer" for anchor, _, _ in present)
+    parts = (header, *(content for _, _, content in present), footer)
+    return page(f"{title} · medmoco report", *parts, scripted=scripted)
 
 
 def describe(run: Run, several: bool) -> str:

@@ -49,7 +49,7 @@ def dice_plot(run: Run) -> Plot | None:
                 if scores:
                     axes.plot(np.mean(scores), place[0], "|", ms=11, mew=2.2, color=colour)
         axes.set(xlabel="Dice", xlim=(-0.02, 1.02), ylim=(len(classes) - 0.5, -0.5))
-        axes.set_yticks(range(len(classes)), [_short(label) for label in classes])
+        axes.set_yticks(range(len(classes)), [short(label) for label in classes])
         axes.grid(axis="y", visible=False)
 
     rows = max(HEIGHT, 1 + 0.16 * len(results) * len(classes))
@@ -88,16 +88,16 @@ def _loss_plot(runs: Sequence[Run]) -> Plot | None:
 
     def draw(axes: Axes, theme: Theme) -> None:
         for run, epochs, values in curves:
-            axes.plot(epochs, values, color=_colour(theme, runs, run), lw=1.6)
+            axes.plot(epochs, values, color=colour_of(theme, runs, run), lw=1.6)
         if differs:
             for run, epochs, values in totals:
-                axes.plot(epochs, values, color=_colour(theme, runs, run), lw=1.1, ls=":")
+                axes.plot(epochs, values, color=colour_of(theme, runs, run), lw=1.1, ls=":")
             axes.plot([], [], color=theme.ink, lw=1.6, label="global")
             axes.plot([], [], color=theme.ink, lw=1.1, ls=":", label="with all terms")
         for i, chance in enumerate(chances):
             shown = "chance, log(K+1)" if i == 0 else None
             axes.axhline(chance, color=theme.ink, ls=(0, (5, 3)), lw=1.1, label=shown)
-        _name_colours(axes, theme, runs)
+        name_colours(axes, theme, runs)
         axes.set(xlabel="epoch", ylabel="loss (nats)")
         axes.set_xlim(left=0)
 
@@ -114,8 +114,8 @@ def _accuracy_plot(runs: Sequence[Run]) -> Plot | None:
 
     def draw(axes: Axes, theme: Theme) -> None:
         for run, epochs, values in curves:
-            axes.plot(epochs, values, color=_colour(theme, runs, run), lw=1.6)
-        _name_colours(axes, theme, runs)
+            axes.plot(epochs, values, color=colour_of(theme, runs, run), lw=1.6)
+        name_colours(axes, theme, runs)
         axes.set(xlabel="epoch", ylabel="share of queries", ylim=(-0.02, 1.02))
         axes.set_xlim(left=0)
 
@@ -131,10 +131,10 @@ def _rank_plot(runs: Sequence[Run]) -> Plot | None:
     def draw(axes: Axes, theme: Theme) -> None:
         for kind, style in (("features", "o-"), ("embeddings", "s--")):
             for run, epochs, ranks in curves[kind]:
-                axes.plot(epochs, ranks, style, ms=4, lw=1.6, color=_colour(theme, runs, run))
+                axes.plot(epochs, ranks, style, ms=4, lw=1.6, color=colour_of(theme, runs, run))
             if curves[kind]:
                 axes.plot([], [], style, ms=4, color=theme.ink, label=kind)
-        _name_colours(axes, theme, runs)
+        name_colours(axes, theme, runs)
         axes.set(xlabel="epoch", ylabel="RankMe")
         axes.set_ylim(bottom=0)
 
@@ -176,7 +176,7 @@ def _spectrum_plot(runs: Sequence[Run], kind: str) -> Plot | None:
             axes.plot(
                 np.arange(1, values.size + 1),
                 np.maximum(values, values[0] * SPECTRUM_FLOOR),
-                color=_colour(theme, runs, run),
+                color=colour_of(theme, runs, run),
                 lw=1.8 if last else 1.3,
                 ls="-" if last else FIRST_EPOCH,
                 label=f"epoch {finite(record['epoch']):g}" if len(runs) == 1 else None,
@@ -184,7 +184,7 @@ def _spectrum_plot(runs: Sequence[Run], kind: str) -> Plot | None:
         if len(runs) > 1:
             axes.plot([], [], ls=FIRST_EPOCH, color=theme.ink, label="first epoch")
             axes.plot([], [], ls="-", color=theme.ink, label="last epoch")
-            _name_colours(axes, theme, runs)
+            name_colours(axes, theme, runs)
         axes.set_yscale("log")
         axes.set(xlabel="eigenvalue, largest first", ylabel="eigenvalue of the covariance")
 
@@ -256,17 +256,17 @@ def _curve(run: Run, key: str) -> tuple[np.ndarray, np.ndarray]:
     return np.array([epochs[b].mean() for b in bins]), np.array([values[b].mean() for b in bins])
 
 
-def _name_colours(axes: Axes, theme: Theme, runs: Sequence[Run]) -> None:
+def name_colours(axes: Axes, theme: Theme, runs: Sequence[Run]) -> None:
     """Entries of the legend that say which run has which colour, if there are several."""
     for run in runs if len(runs) > 1 else ():
-        axes.plot([], [], lw=3, color=_colour(theme, runs, run), label=_short(run.name))
+        axes.plot([], [], lw=3, color=colour_of(theme, runs, run), label=short(run.name))
 
 
-def _colour(theme: Theme, runs: Sequence[Run], run: Run) -> str:
+def colour_of(theme: Theme, runs: Sequence[Run], run: Run) -> str:
     return theme.palette[runs.index(run) % len(theme.palette)]
 
 
-def _short(name: str, length: int = 22) -> str:
+def short(name: str, length: int = 22) -> str:
     """A name that fits a legend; matplotlib hides labels that begin with an underscore."""
     visible = "".join(c if c.isprintable() else "?" for c in name).lstrip("_") or "run"
     shortened = visible if len(visible) <= length else visible[: length - 1] + "…"

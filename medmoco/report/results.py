@@ -1,8 +1,6 @@
-"""What the page says of the segmentation: the main table, classes, volumes, overlays."""
+"""What the page says of the segmentation: the main table, classes, volumes."""
 
 from collections.abc import Sequence
-
-import numpy as np
 
 from medmoco.report.comparison import (
     against_controls,
@@ -21,17 +19,22 @@ from medmoco.report.html import (
     element,
     framed_table,
     join,
+    model_head,
     note,
     number,
     of_run,
     section,
     table,
 )
-from medmoco.report.overlays import group_by_slice, legend, read_overlays, slice_figure
+from medmoco.report.intervals import of_class, of_mean, over_values
 from medmoco.report.plots import dice_plot
-from medmoco.report.run_folder import OVERLAYS_NAME, Result, Run, finite, part_of
+from medmoco.report.run_folder import MODEL_FOLDERS, Result, Run, finite, part_of
 
 MAX_PAIRED = 4  # classes that fit into half the width of the page
+OVER_VOLUMES = (
+    "In small print, 95 % intervals of the means by Student's t, with the test volumes as a sample "
+    "of patients: what another training would change they do not tell."
+)
 SHOWN_VOLUMES = 10  # worst ones, before the rest is folded away
 
 
@@ -90,15 +93,22 @@ def words(runs: Sequence[Run]) -> Markup:
 
 
 def classes_section(runs: Sequence[Run]) -> Markup:
-    """Dice per class, a column per run and model, and its spread over the volumes."""
+    """Dice per class, a column per run and model, with intervals, and its spread over volumes."""
     columns = [(run, name, result) for run in runs for name, result in run.results.items()]
     classes = list(dict.fromkeys(c for _, _, result in columns for c in result.per_class))
     if not classes:
         return NOTHING
-    heads = ["Class", *(_column_head(run, runs, name) for run, name, _ in columns)]
-    rows = [[c, *(number(r.per_class.get(c)) for _, _, r in columns)] for c in classes]
-    rows.append(["mean", *(number(result.mean) for _, _, result in columns)])
-    parts = [table("Mean over the test volumes", heads, rows, marked=[len(rows) - 1])]
+    heads = ["Class", *(model_head(name, run, runs) for run, name, _ in columns)]
+    rows = [
+        [c, *(_with_interval(r.per_class.get(c), of_class(r, c)) for _, _, r in columns)]
+        for c in classes
+    ]
+    rows.append(["mean", *(_with_interval(r.mean, of_mean(r)) for _, _, r in columns)])
+    parts = [
+        table("Mean over the test volumes", heads, rows, marked=[len(rows) - 1]),
+        element("p", OVER_VOLUMES, class_="soft"),
+    ]
+    parts += [_seeds_table(group, classes) for group in seed_groups(runs)]
     plots = [(run, plot) for run in runs if (plot := dice_plot(run)) is not None]
     names = [run.name if len(runs) > 1 else "" for run, _ in plots]
     parts.append(plot_figures([plot for _, plot in plots], names))
@@ -110,12 +120,39 @@ def classes_section(runs: Sequence[Run]) -> Markup:
     return section("classes", "Dice per class", *parts)
 
 
+def _seeds_table(group: Sequence[Run], classes: Sequence[str]) -> Markup:
+    """Means over runs that differ in nothing but the seed."""
+    names = [name for name in MODEL_FOLDERS if all(name in run.results for run in group)]
+    results = [[run.results[name] for run in group] for name in names]
+    rows = [
+        [c, *(_over([r.per_class.get(c) for r in of_name]) for of_name in results)] for c in classes
+    ]
+    rows.append(["mean", *(_over([r.mean for r in of_name]) for of_name in results)])
+    caption = f"{group[0].method}: mean over {len(group)} seeds, with intervals over them"
+    return table(caption, ["Class", *names], rows, marked=[len(rows) - 1])
+
+
+def _over(scores: Sequence[float | None]) -> Markup:
+    known = [score for score in scores if score is not None]
+    mean = sum(known) / len(known) if known else None
+    return _with_interval(mean, over_values(known))
+
+
+def _with_interval(mean: float | None, ends: tuple[float, float] | None) -> Markup:
+    if mean is None or ends is None:
+        return join([number(mean)])
+    return join([number(mean), element("small", f"{ends[0]:.3f}{DASH}{ends[1]:.3f}")])
+
+
 def volumes_section(runs: Sequence[Run]) -> Markup:
-    """Dice per volume of the pretrained models, worst first."""
+    """Dice per volume of the pretrained models, or of the controls alone, worst first."""
     parts = []
     for run in runs:
-        # The controls' volumes are in the plot; their tables would only be long.
-        for name, result in (("Linear evaluation", run.linear), ("Fine-tuning", run.finetune)):
+        named = [("Fine-tuning", run.finetune), ("Linear evaluation", run.linear)]
+        if run.finetune is None and run.linear is None:
+            # Beside pretrained models the controls are in the plot; tables would only be long.
+            named = [("From scratch", run.finetune_scratch), ("Frozen random", run.linear_random)]
+        for name, result in named:
             if result is not None and result.per_volume:
                 title = name if len(runs) == 1 else f"{run.name}: {name.lower()}"
                 parts.append(_volume_tables(title, result))
@@ -124,25 +161,6 @@ def volumes_section(runs: Sequence[Run]) -> Markup:
     )
     side_by_side = element("div", *parts, class_="pairs" if classes <= MAX_PAIRED else None)
     return section("volumes", "Dice per volume, worst first", side_by_side) if parts else NOTHING
-
-
-def overlays_section(runs: Sequence[Run]) -> Markup:
-    parts: list[Markup | None] = []
-    for position, run in enumerate(runs):
-        path = run.folder / OVERLAYS_NAME
-        groups = group_by_slice(read_overlays(path)) if path.is_file() else []
-        if not groups:
-            continue
-        maps = [labels for group in groups for o in group for labels in (o.truth, o.prediction)]
-        present = np.unique(np.concatenate([np.unique(labels) for labels in maps])).tolist()
-        figures = [
-            slice_figure(group, run.classes, f"slice-{position}-{i}")
-            for i, group in enumerate(groups)
-        ]
-        parts.append(element("h3", run.name) if len(runs) > 1 else None)
-        parts.append(legend(run.classes, [c for c in present if c > 0]))
-        parts.append(element("div", *figures, class_="slices"))
-    return section("overlays", "Truth and prediction", *parts) if parts else NOTHING
 
 
 def _name_and_seed(run: Run) -> str:
@@ -168,10 +186,6 @@ def _ranks(run: Run) -> list[Markup]:
         )
         lines.append(element("div", f"{rank:.1f}", element("small", f"{kind}{size}")))
     return lines or [Markup(DASH)]
-
-
-def _column_head(run: Run, runs: Sequence[Run], name: str) -> object:
-    return join([name, element("small", run.name)]) if len(runs) > 1 else name
 
 
 def _absent(columns: Sequence[tuple[Run, str, Result]], several: bool) -> list[str]:

@@ -11,7 +11,13 @@ from medmoco.output import CONFIG_NAME
 
 SUMMARY_NAME = "summary.json"
 METRICS_NAME = "metrics.jsonl"
-OVERLAYS_NAME = "predictions/overlays.npz"
+# Where in predictions/ the label maps of a model lie, by what it is called in tables.
+MODEL_FOLDERS = {
+    "linear": "linear-pretrained",
+    "frozen random": "linear-random",
+    "fine-tuned": "finetune-pretrained",
+    "from scratch": "finetune-scratch",
+}
 
 Record = dict[str, Any]
 
@@ -61,13 +67,9 @@ class Run:
     @property
     def results(self) -> dict[str, Result]:
         """The results that exist, by what they are called in tables."""
-        named = {
-            "linear": self.linear,
-            "frozen random": self.linear_random,
-            "fine-tuned": self.finetune,
-            "from scratch": self.finetune_scratch,
-        }
-        return {name: result for name, result in named.items() if result is not None}
+        results = (self.linear, self.linear_random, self.finetune, self.finetune_scratch)
+        named = zip(MODEL_FOLDERS, results, strict=True)
+        return {name: result for name, result in named if result is not None}
 
 
 def finite(value: object) -> float | None:

@@ -35,7 +35,8 @@ nav ul {
 nav a { display: inline-block; padding: .25rem 0; }
 section { border-top: 1px solid var(--line); margin-top: 2rem; padding-top: 1.4rem; }
 .frame { overflow-x: auto; margin: .6rem 0 1rem; }
-.frame:focus-visible, pre:focus-visible, summary:focus-visible, a:focus-visible {
+.frame:focus-visible, pre:focus-visible, summary:focus-visible, a:focus-visible,
+select:focus-visible, input:focus-visible {
   outline: 2px solid var(--accent); outline-offset: 2px;
 }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; font-size: .94rem; }
@@ -51,6 +52,7 @@ tbody th { font-weight: 500; overflow-wrap: break-word; min-width: 6rem; }
 .numbers thead th[colspan] { text-align: center; }
 .main thead tr + tr th:first-child { text-align: right; padding-left: .8rem; }
 .words tbody th, .words td { overflow-wrap: anywhere; min-width: 9rem; max-width: 34rem; }
+.words tbody th { min-width: 10.5rem; }
 .main { width: 100%; font-size: 1rem; }
 .main td { font-size: 1.06rem; }
 th small, td small {
@@ -67,7 +69,7 @@ tr.marked th, tr.marked td { background: var(--raised); font-weight: 650; }
 .note p, .note ul { margin: .15rem 0; }
 .note ul { padding-left: 1.2rem; }
 .numbers td { white-space: nowrap; }
-.pairs { display: grid; gap: 0 2.5rem; }
+.pairs { display: grid; gap: 0 2.5rem; grid-template-columns: minmax(0, 1fr); }
 @media (min-width: 900px) { .pairs { grid-template-columns: repeat(2, minmax(0, 1fr)); } }
 .plots {
   display: grid; gap: 1.2rem;
@@ -77,27 +79,44 @@ figure { margin: 0; }
 figure h3 { margin: 0 0 .2rem; font-size: .95rem; }
 figure img { display: block; width: 100%; max-width: 440px; height: auto; }
 figcaption { font-size: .86rem; overflow-wrap: anywhere; margin-top: .25rem; }
-.slices { display: grid; gap: 1.4rem; }
+.controls { display: grid; gap: .6rem 1.6rem; margin: .8rem 0; align-items: end; }
+@media (min-width: 700px) { .controls { grid-template-columns: minmax(0, 1fr) minmax(0, 1fr); } }
+.controls div > label { display: block; font-size: .9rem; color: var(--soft); }
+.controls fieldset {
+  border: 0; margin: 0; padding: 0; min-width: 0; display: flex; flex-wrap: wrap;
+  gap: .1rem 1.3rem; grid-column: 1 / -1;
+}
+.controls fieldset label, .legend label {
+  display: inline-flex; align-items: center; gap: .45rem; min-height: 2rem;
+}
+select, input { font: inherit; accent-color: var(--accent); }
+select {
+  width: 100%; min-height: 2.3rem; padding: .35rem .5rem;
+  background: var(--raised); color: var(--ink); border: 1px solid var(--line); border-radius: 6px;
+}
+.slide { display: flex; align-items: center; gap: .8rem; min-height: 2.3rem; }
+.slide input { flex: 1; min-width: 0; margin: 0; height: 1.6rem; }
+.slide span { white-space: nowrap; font-variant-numeric: tabular-nums; min-width: 8.5rem; }
 .panels {
-  display: grid; gap: .5rem;
-  grid-template-columns: repeat(auto-fill, minmax(min(46%, 200px), 1fr));
+  display: grid; gap: .8rem .6rem;
+  grid-template-columns: repeat(auto-fill, minmax(min(46%, 205px), 1fr));
 }
-.panels svg { display: block; width: 100%; height: auto; background: #000; border-radius: 4px; }
-.panels span { font-size: .86rem; color: var(--soft); }
-.slice figcaption { margin: 0 0 .3rem; font-weight: 600; color: var(--ink); }
-.class {
-  fill-opacity: .18; fill-rule: evenodd; stroke-width: 1.6; stroke-linejoin: round;
-  vector-effect: non-scaling-stroke;
-}
+.panel[hidden] { display: none; }
+.panel { max-width: 420px; }
+.panel div { position: relative; background: #000; border-radius: 4px; overflow: hidden; }
+.panel img, .panel canvas { position: absolute; inset: 0; width: 100%; height: 100%; }
+.panel img { max-width: none; }
+.unseen { position: absolute; width: 1px; height: 1px; overflow: hidden; clip-path: inset(50%); }
 .legend {
   display: flex; flex-wrap: wrap; gap: .4rem .7rem; list-style: none; padding: 0;
-  margin: .6rem 0 1rem;
+  margin: .8rem 0 1rem;
 }
+.legend[hidden] { display: none; }
 .legend li {
   display: flex; align-items: center; gap: .45rem; background: #000; color: #fff;
-  padding: .15rem .6rem; border-radius: 4px; font-size: .88rem;
+  padding: .1rem .6rem; border-radius: 4px; font-size: .88rem; min-height: 2rem;
 }
-.legend svg { width: 28px; height: 10px; }
+.legend svg { width: 28px; height: 10px; flex: none; }
 .legend line { stroke-width: 3.5; }
 details { margin: .8rem 0; }
 summary { cursor: pointer; color: var(--accent); padding: .25rem 0; }

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 
 from medmoco.report.figures import plot_figures
+from medmoco.report.finetune_plot import finetune_plot
 from medmoco.report.html import (
     DASH,
     MINUS,
@@ -77,7 +78,8 @@ def current_warnings(run: Run) -> list[str]:
 
 
 def curves_section(runs: Sequence[Run]) -> Markup:
-    plots = curve_plots(runs)
+    tuning = finetune_plot(runs)
+    plots = curve_plots(runs) + ([tuning] if tuning else [])
     if not plots:
         return NOTHING
     longest = max(len(run.pretrain) for run in runs)
