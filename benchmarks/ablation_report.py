@@ -100,9 +100,10 @@ def read_spectra(path: Path) -> list[dict[str, Any]]:
 
 def rank_plot(runs: Sequence[Row]) -> Figure:
     """Dice of the linear decoder beside the effective rank, a point a run."""
-    figure = Figure(figsize=(8, 4.5), layout="constrained")
+    variants = [v for v in variants_of(runs) if v in VARIANTS]
+    figure = Figure(figsize=(8, _height(variants)), layout="constrained")
     axes = figure.subplots()
-    for number, variant in enumerate(v for v in variants_of(runs) if v in VARIANTS):
+    for number, variant in enumerate(variants):
         own = [row for row in runs if row["variant"] == variant]
         ranks = [float(row["features_rankme_centred"]) for row in own]
         scores = [100 * float(row["linear_dice"]) for row in own]
@@ -142,9 +143,9 @@ def labels_plot(runs: Sequence[Row]) -> Figure:
 
 def spectra_plot(spectra: Sequence[dict[str, Any]]) -> Figure:
     """Eigenvalues of features and embeddings, relative to their sum, the mean over seeds."""
-    figure = Figure(figsize=(12, 4.5), layout="constrained")
-    both = figure.subplots(1, 2)
     variants = [v for v in VARIANTS if any(s["variant"] == v for s in spectra)]
+    figure = Figure(figsize=(12, _height(variants)), layout="constrained")
+    both = figure.subplots(1, 2)
     for axes, part in zip(both, ("features", "embeddings"), strict=True):
         for number, variant in enumerate(variants):
             own = [np.array(s[part]) for s in spectra if s["variant"] == variant and s[part]]
@@ -160,6 +161,11 @@ def spectra_plot(spectra: Sequence[dict[str, Any]]) -> Figure:
         named = both[0].get_legend_handles_labels()
         figure.legend(*named, loc="outside right upper", fontsize="small")
     return figure
+
+
+def _height(variants: Sequence[str]) -> float:
+    """Inches that a legend of all these needs, and a plot at least."""
+    return max(4.5, 0.19 * len(variants) + 0.6)
 
 
 if __name__ == "__main__":
