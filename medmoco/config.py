@@ -64,10 +64,10 @@ def parse(cls: type[Config], argv: Sequence[str] | None, *, prog: str, descripti
         for name, value in vars(known).items()
     }
     config_file = given.pop("config", None)
-    values = read_config(cls, config_file) if config_file else {}
     if given.get("resume"):
         values = _resumed(cls, given)
-    values |= given
+    else:
+        values = (read_config(cls, config_file) if config_file else {}) | given
     for field in fields:
         _check_limits(field, values.get(field.name))
     return cls(**values)
@@ -103,6 +103,7 @@ def _check_limits(field: dataclasses.Field[Any], value: Any) -> None:
 
 
 def _resumed(cls: type[Any], given: dict[str, Any]) -> dict[str, Any]:
+    """The values of the run's own config.json, and what the flags may change."""
     if "output" not in given:
         raise UserError("--resume: expected --output with the folder of the run, got none")
     path = Path(given["output"]) / "config.json"
@@ -111,12 +112,25 @@ def _resumed(cls: type[Any], given: dict[str, Any]) -> dict[str, Any]:
     values = read_config(cls, path)
     free = {"output", "resume", *cls.RESUME_MAY_CHANGE}
     for name in given.keys() - free:
-        if name in values and values[name] != given[name]:
+        if name in values and _located(values[name]) != _located(given[name]):
             raise UserError(
-                f"--resume: {path} was started with {_flag(name)} {values[name]}, "
-                f"got {given[name]}; leave the flag out, or choose another --output"
+                f"--resume: {path} was started with {_flag(name)} {_written(values[name])}, "
+                f"got {_written(given[name])}; leave the flag out, or choose another --output"
             )
-    return values
+    # A path stays as it was spelled: what was finished is known by it.
+    return given | values | {name: given[name] for name in given.keys() & free}
+
+
+def _located(value: Any) -> Any:
+    """A file is the same however its path is spelled."""
+    if isinstance(value, tuple):
+        return tuple(map(_located, value))
+    return value.resolve() if isinstance(value, Path) else value
+
+
+def _written(value: Any) -> str:
+    """A value as on the command line."""
+    return " ".join(map(str, value)) if isinstance(value, tuple) else str(value)
 
 
 def to_json(config: Any) -> dict[str, Any]:

@@ -167,6 +167,8 @@ def export(config: ExportConfig) -> str:
     """
     if config.to is None:
         raise UserError("--to: expected torchvision or onnx, got none")
+    if config.to == "onnx" and config.channels != 1:
+        raise UserError(f"--channels {config.channels}: only --to torchvision can change them")
     source = _source(config)
     ending = "-torchvision.pt" if config.to == "torchvision" else ".onnx"
     output = config.output or source.with_name(source.stem + ending)

@@ -1,5 +1,6 @@
 """Segments new volumes: NIfTI in, NIfTI label maps out, on the grid of the input's own files."""
 
+import dataclasses
 import hashlib
 import json
 import os
@@ -37,7 +38,11 @@ class PredictConfig:
     )
     input: Path | None = option(None, "a NIfTI file, or a folder of them; of a task, its imagesTs")
     output: Path | None = option(None, "folder of the label maps")
-    channel: int | None = option(None, "of 4-D files and of nnU-Net's _0000, _0001, ...", least=0)
+    channel: int | None = option(
+        None,
+        "of 4-D files and of nnU-Net's _0000, _0001, ...; default the model's, if not the first",
+        least=0,
+    )
     save_probabilities: bool = option(False, "also write <case>.npz: float16, (class, x, y, z)")
     skip_bad: bool = option(False, "go on without unreadable files and list them")
     batch_size: int | None = option(
@@ -78,10 +83,30 @@ def load_models(paths: Sequence[Path]) -> dict[Path, Segmenter]:
             ("classes", model.classes, first.classes),
             ("values", model.values, first.values),
             ("slice axis", model.settings.slice_axis, first.settings.slice_axis),
+            ("channel", model.settings.channel, first.settings.channel),
         ):
             if ours != theirs:
                 raise UserError(f"{file}: expected the {name} of {files[0]}, {theirs}, got {ours}")
     return models
+
+
+def with_channel(config: PredictConfig, trained: int) -> PredictConfig:
+    """--channel, which is that of the models where they were trained on another than the first.
+
+    The first is no default: files of one channel are read by it, too, so that a model of the first
+    need not mean the first of several.
+
+    Args:
+        config: the flags.
+        trained: the models' channel.
+    """
+    if trained == 0 or config.channel == trained:
+        return config
+    if config.channel is None:
+        print(f"channel: {trained}, as in training")
+        return dataclasses.replace(config, channel=trained)
+    print(f"warning: --channel {config.channel}: the model was trained on channel {trained}")
+    return config
 
 
 def check_places(config: PredictConfig, models: Sequence[Path]) -> None:
@@ -163,6 +188,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     device = choose_device(config.device)
     models = load_models(config.model)
     check_places(config, list(models))
+    config = with_channel(config, next(iter(models.values())).settings.channel)
     inputs, bad = readable_inputs(config)
     digests = {str(file): _digest(file) for file in models}
     if config.resume:

@@ -1,8 +1,8 @@
 """Segmentation with an encoder: linear evaluation and fine-tuning, and the controls of both."""
 
 import dataclasses
+import math
 import sys
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -220,6 +220,12 @@ def run_stages(segmentation: Segmentation, encoder: Encoder | None, output: Path
     return results
 
 
+def stage_seconds(results: dict[str, Any]) -> float:
+    """Seconds of all models together, those that were finished before --resume among them."""
+    found = (results["linear"], results["finetune"], *results["controls"].values())
+    return round(math.fsum(result["seconds"] for result in found if result is not None), 1)
+
+
 def dice_table(results: dict[str, Any]) -> str:
     """Dice of every model, a row a class, as text for the terminal."""
     columns = {
@@ -255,7 +261,6 @@ def run_and_summarise(
     config, cache = segmentation.config, segmentation.cache
     output = config.output
     assert output is not None
-    started = time.monotonic()
     warnings = pretraining_overlap(cache, segmentation.split, metadata)
     for warning in warnings:
         print(f"warning: {warning}")
@@ -271,7 +276,7 @@ def run_and_summarise(
         **results,
         "bad_files": [dataclasses.asdict(file) for file in cache.bad],
         "warnings": warnings,
-        "seconds": {"segment": round(time.monotonic() - started, 1)},
+        "seconds": {"segment": stage_seconds(results)},
     }
     write_json(output / "summary.json", summary)
     print(f"\nDice on {len(segmentation.split.test)} test volumes\n{dice_table(results)}")

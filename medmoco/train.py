@@ -25,7 +25,7 @@ from medmoco.output import write_json
 from medmoco.pretrain import PretrainConfig, open_slices, with_init
 from medmoco.pretraining import Pretraining
 from medmoco.report import next_command, read_run, write_plots, write_report
-from medmoco.segment import SegmentConfig, dice_table, prepare, run_stages
+from medmoco.segment import SegmentConfig, dice_table, prepare, run_stages, stage_seconds
 
 # What fits the phantom's few small slices, and two CPU cores in minutes; flags win.
 PHANTOM_FLAGS: dict[str, Any] = {
@@ -86,16 +86,16 @@ def main(argv: Sequence[str] | None = None) -> None:
     summary = pretraining.summary()
     summary["seconds"] = {"pretrain": round(time.monotonic() - started, 1)}
     if segmentation is not None:
-        started = time.monotonic()
         write_split(config.output / "split.json", segmentation.split)
         encoder, _ = load_encoder(config.output / "encoder.pt")
-        summary |= run_stages(segmentation, encoder, config.output)
+        results = run_stages(segmentation, encoder, config.output)
+        summary |= results
         summary["classes"] = list(segmentation.cache.classes)
         bad = {
             file.path: dataclasses.asdict(file) for file in (*cache.bad, *segmentation.cache.bad)
         }
         summary["bad_files"] = list(bad.values())
-        summary["seconds"]["segment"] = round(time.monotonic() - started, 1)
+        summary["seconds"]["segment"] = stage_seconds(results)
     write_json(config.output / "summary.json", summary)
     write_plots(config.output)
     report = write_report([config.output], config.output / "report.html")

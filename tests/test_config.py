@@ -203,6 +203,16 @@ def test_resumed_run_cannot_change_what_it_was_started_with(tmp_path):
         read("--resume", "--output", str(tmp_path), "--method", "medmoco")
 
 
+def test_resumed_run_may_spell_a_path_in_another_way(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    config_file(tmp_path, data="scans", models=["a", "b"])
+    several = ["--models", "b/../a", str(tmp_path / "b")]
+    config = read("--resume", "--output", ".", "--data", str(tmp_path / "scans"), *several)
+    assert config.data == Path("scans")
+    with pytest.raises(UserError, match="was started with --models a b, got b a; leave"):
+        read("--resume", "--output", ".", "--models", "b", "a")
+
+
 def test_resume_needs_the_folder_of_a_run(tmp_path):
     with pytest.raises(UserError, match="--resume: expected --output"):
         read("--resume")

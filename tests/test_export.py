@@ -181,6 +181,7 @@ def narrow(tmp_path):
         ("--to torchvision --encoder text.pt", "text.pt: expected an encoder.pt of medmoco"),
         ("--to onnx --model text.pt", "text.pt: expected a file of tensors"),
         ("--to onnx --model encoder.pt", "encoder.pt: expected a segmenter of format"),
+        ("--to onnx --run . --channels 3", "--channels 3: only --to torchvision can change them"),
         ("--to onnx --run folds", "--run folds: expected one model, got folds/fold_0/segmenters/l"),
         ("--to onnx --model none.pt", "none.pt: expected a run or a segmenter's file"),
         (

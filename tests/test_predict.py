@@ -129,6 +129,21 @@ def test_folder_of_a_task_means_its_test_images_and_channels_are_no_part_of_name
     np.testing.assert_array_equal(mask_of(output / "case.nii.gz"), hu(seed=1) > 100)
 
 
+def test_channel_of_the_training_is_the_default(tmp_path, predict, capsys):
+    save_segmenter(tmp_path / "model.pt", threshold_segmenter(100.5, channel=1))
+    both = np.stack([hu(seed=0), hu(seed=1)], -1)
+    save_volume(tmp_path / "scans/scan.nii.gz", both, AFFINE)
+    flags = ("--model", tmp_path / "model.pt", "--input", tmp_path / "scans")
+    output = predict(*flags)
+    assert "channel: 1, as in training" in capsys.readouterr().out
+    np.testing.assert_array_equal(mask_of(output / "scan.nii.gz"), hu(seed=1) > 100)
+    assert run_command(main, ["--output", str(output), "--resume"]) == 0
+    output = predict(*flags, "--overwrite", "--channel", "0")
+    told = capsys.readouterr().out
+    assert "warning: --channel 0: the model was trained on channel 1" in told
+    np.testing.assert_array_equal(mask_of(output / "scan.nii.gz"), hu(seed=0) > 100)
+
+
 def test_numbered_cases_without_a_channel_0000_keep_their_numbers(tmp_path, model, predict):
     for number in (1, 4):
         path = save_volume(tmp_path / f"imagesTs/amos_000{number}.nii.gz", hu(), AFFINE)

@@ -226,6 +226,20 @@ def test_classes_have_intervals_over_volumes_and_over_seeds(tmp_path, blank_plot
     assert "liver 0.520 0.266\N{EN DASH}0.774 mean 0.520" in over
 
 
+def test_folds_of_a_cross_validation_are_told(tmp_path, blank_plots):
+    folder = make_run(tmp_path / "run")
+    summary = json.loads((folder / "summary.json").read_text())
+    summary["folds"] = {"finished": [0, 1, 4], "of": 5}
+    summary["finetune"]["folds"] = {"dice": {"0": 0.8, "1": 0.7, "4": 0.75}}
+    summary["controls"]["linear_random"]["folds"] = {"dice": {"0": 0.25, "1": None, "4": 0.45}}
+    summary["linear"]["folds"] = {"dice": {"0": 0.5}}
+    (folder / "summary.json").write_text(json.dumps(summary))
+    words = visible(report(folder))
+    assert "Fine-tuning: Dice 0.750 ± 0.050 over 3 of 5 folds (mean ± std)" in words
+    assert "Frozen random encoder: Dice 0.350 ± 0.141 over 2 of 5 folds" in words
+    assert words.count("of 5 folds") == 2, "one fold has no spread"
+
+
 def test_runs_of_different_methods_are_not_averaged(tmp_path, blank_plots):
     folders = [make_run(tmp_path / m, method=m, seed=i) for i, m in enumerate(("mocov2", "paper"))]
     page = visible(report(*folders))

@@ -118,11 +118,13 @@ def test_resume_repeats_only_what_is_missing(finished):
     written = kept.stat().st_mtime_ns
     before = summary_of(finished)
     lost.unlink()
+    trained = (before["finetune"], before["controls"]["finetune_scratch"])
     assert run_command(main, ["--output", str(finished), "--resume"]) == 0
     assert lost.is_file()
     assert kept.stat().st_mtime_ns == written
     again = summary_of(finished)
     assert again["controls"] == before["controls"]
+    assert again["seconds"]["segment"] > sum(result["seconds"] for result in trained)
     assert again["linear"]["dice_per_volume"] == before["linear"]["dice_per_volume"]
     lines = (finished / "metrics.jsonl").read_text().splitlines()
     steps = [(r["stage"], r["encoder"], r["step"]) for r in map(json.loads, lines)]

@@ -332,11 +332,13 @@ def test_label_of_a_4d_image_is_3d_and_unscaled(tmp_path):
     image = nib.Nifti1Image(ramp((2, 3, 4, 2)).astype(float), None)
     image.header.set_data_dtype(np.int16)
     image.header.set_slope_inter(2.0, 5.0)
+    image.header.set_intent("z score")
     nib.save(image, tmp_path / "image.nii")
     labels = ramp((2, 3, 4), np.uint8)
     write_label_map(tmp_path / "label.nii", to_stack(labels, 2), tmp_path / "image.nii", 2)
     written = nib.load(tmp_path / "label.nii")
     assert written.shape == (2, 3, 4)
+    assert written.header.get_intent()[0] == "none"
     np.testing.assert_array_equal(written.affine, nib.load(tmp_path / "image.nii").affine)
     np.testing.assert_array_equal(
         read_volume(tmp_path / "label.nii", label=True).voxels,

@@ -18,21 +18,23 @@ def threshold_segmenter(
     axis: int = 2,
     modality: str = "ct",
     value: int = 1,
+    channel: int = 0,
 ) -> Segmenter:
     """A U-Net that passes the image through its finest skip and compares it with a threshold.
 
     Args:
         threshold: HU in CT; a share of the range from 0 to 1 in MR.
         value: of the marked voxels in the label map.
+        channel: of 4-D files.
     """
     model = UNet(Encoder("resnet18", 0.125, output_stride=8), 2).eval()
     low, high = WINDOW
     level = (threshold - low) / (high - low) if modality == "ct" else threshold
     last = model.blocks[-1].conv
     with torch.no_grad():
-        for conv, channel in ((last[0], -1), (last[3], 0)):  # the image is the last channel
+        for conv, source in ((last[0], -1), (last[3], 0)):  # the image is the last channel
             conv.weight.zero_()
-            conv.weight[0, channel, 1, 1] = 1
+            conv.weight[0, source, 1, 1] = 1
         model.classifier.weight.zero_()
         model.classifier.weight[1, 0] = 1000
         model.classifier.bias.copy_(torch.tensor([0, -1000 * level]))
@@ -42,5 +44,5 @@ def threshold_segmenter(
         ("background", "bright"),
         (0, value),
         PixelGrid(size, spacing),
-        CacheSettings(modality, axis, WINDOW),
+        CacheSettings(modality, axis, WINDOW, channel),
     )

@@ -169,6 +169,7 @@ def write_label_map(path: Path, stack: np.ndarray, like: Path, axis: int) -> Non
     header.set_data_shape(stored.shape)
     header.set_slope_inter(1, 0)
     header["cal_max"] = header["cal_min"] = 0  # the display window of the image
+    header.set_intent("none")  # what the image's voxels mean
     image = Nifti2Image if isinstance(header, Nifti2Header) else Nifti1Image
     content = image(stored, None, header).to_bytes()
     if Path(path).name.endswith(".gz"):

@@ -4,7 +4,7 @@ import math
 from collections.abc import Sequence
 
 from medmoco.report.html import MINUS
-from medmoco.report.run_folder import Result, Run, finite
+from medmoco.report.run_folder import Result, Run, finite, part_of
 
 # Flags that may differ between runs that count as repetitions with another seed.
 NOT_METHOD = {"argv", "cache", "device", "encoder", "output", "seed", "tensorboard", "workers"}
@@ -63,6 +63,30 @@ def over_seeds(group: Sequence[Run]) -> list[str]:
                 f"; difference to {control} {spread(both)}, positive in {higher} of {len(both)}"
             )
         sentences.append(sentence + ".")
+    return sentences
+
+
+def over_folds(run: Run) -> list[str]:
+    """One sentence on each model of a cross-validation: what its folds scored, each by itself."""
+    summary = run.summary or {}
+    about, controls = part_of(summary, "folds"), part_of(summary, "controls")
+    if not about:
+        return []
+    models = {
+        "Linear evaluation": part_of(summary, "linear"),
+        "Frozen random encoder": part_of(controls, "linear_random"),
+        "Fine-tuning": part_of(summary, "finetune"),
+        "Training from scratch": part_of(controls, "finetune_scratch"),
+    }
+    sentences = []
+    for name, result in models.items():
+        scores = part_of(part_of(result, "folds"), "dice").values()
+        known = [score for value in scores if (score := finite(value)) is not None]
+        if len(known) > 1:
+            sentences.append(
+                f"Cross-validation. {name}: Dice {spread(known)} over {len(known)} of "
+                f"{about.get('of')} folds (mean ± std); above, their cases are taken together."
+            )
     return sentences
 
 

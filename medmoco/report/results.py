@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 from medmoco.report.comparison import (
     against_controls,
+    over_folds,
     over_seeds,
     seed_groups,
     tested_alike,
@@ -71,7 +72,9 @@ def words(runs: Sequence[Run]) -> Markup:
     several = len(runs) > 1
     parts: list[Markup] = []
     items = [
-        of_run(run.name, several, sentence) for run in runs for sentence in against_controls(run)
+        of_run(run.name, several, sentence)
+        for run in runs
+        for sentence in (*against_controls(run), *over_folds(run))
     ]
     for group in seed_groups(runs):
         items += [f"{group[0].method}. {sentence}" for sentence in over_seeds(group)]
