@@ -184,11 +184,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     for name in ("input", "output"):
         if getattr(config, name) is None:
             raise UserError(f"--{name}: expected a folder, got none")
-    assert config.output is not None
     device = choose_device(config.device)
     models = load_models(config.model)
     check_places(config, list(models))
     config = with_channel(config, next(iter(models.values())).settings.channel)
+    assert config.output is not None
     inputs, bad = readable_inputs(config)
     digests = {str(file): _digest(file) for file in models}
     if config.resume:
