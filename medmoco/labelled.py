@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from medmoco.data.cache import build_cache
-from medmoco.data.slices import PixelGrid, choose_grid
+from medmoco.data.slices import PixelGrid, choose_grid, holding_all
 from medmoco.data.sources import read_case_list, task_sources
 from medmoco.data.splits import Split, split_task
 from medmoco.data.store import CacheSettings, SliceCache
@@ -21,7 +21,6 @@ if TYPE_CHECKING:
 
 WINDOW = (-175.0, 250.0)  # HU
 MAX_CANVAS = 256  # pixels, where neither flags nor encoder decide the size of the images
-CANVAS_STEP = 32
 
 
 def open_labelled(config: "SegmentConfig", metadata: dict[str, Any]) -> tuple[SliceCache, Split]:
@@ -134,13 +133,7 @@ def image_grid(cache: SliceCache, config: "SegmentConfig", metadata: dict[str, A
         return choose_grid(cache, config.image_size, spacing)
     spacing = config.spacing or metadata.get("spacing")
     spacing = choose_grid(cache, MAX_CANVAS, spacing).spacing
-    largest = max(
-        math.ceil(count * step / spacing - 1e-3)
-        for volume in cache.volumes
-        for count, step in zip(volume.shape[1:], volume.spacing[1:], strict=True)
-    )
-    size = CANVAS_STEP * math.ceil(largest / CANVAS_STEP)
-    return PixelGrid(max(size, metadata.get("image_size", 0)), spacing)
+    return PixelGrid(max(holding_all(cache, spacing), metadata.get("image_size", 0)), spacing)
 
 
 def _spacing_that_fits(

@@ -8,6 +8,7 @@ import numpy as np
 import torch
 
 from medmoco.data.cache import SliceCache
+from medmoco.data.slices import choose_grid, holding_all
 from medmoco.data.stream import hold_out_patients
 from medmoco.errors import UserError
 from medmoco.launch import choose_device, choose_workers
@@ -61,11 +62,11 @@ COMMON: dict[str, Any] = {
     "key_norm": "shuffle",
     "whiten_at": "pooled",
     "same": "slice",
-    "image_size": 224,
     "crop_min": 0.2,
     "weight_decay": 1e-4,
     "epochs": 200,
 }
+MAX_IMAGE_SIZE = 224  # where neither flags nor method decide
 MAX_WHITEN_GROUP = 64
 EMBED_DIM = 128
 DIRECT_SHARE = 360 / 2048  # of the features that directclr compares
@@ -84,7 +85,9 @@ def resolve(config: Config, cache: SliceCache) -> Config:
             "--same volume: expected two volumes or more to learn from, got one, whose slices have "
             "no negatives then; --same slice leaves them some"
         )
-    return apply_data_defaults(config, len(learned))
+    spacing = choose_grid(cache, MAX_IMAGE_SIZE, config.spacing).spacing
+    size = min(MAX_IMAGE_SIZE, holding_all(cache, spacing))
+    return apply_data_defaults(config, len(learned), size)
 
 
 def apply_preset(config: Config) -> Config:
@@ -121,8 +124,12 @@ def _clip_norm(config: "PretrainConfig") -> float:
     return 1.0 if config.decorrelation == "zca" else 0.0
 
 
-def apply_data_defaults(config: Config, slices: int) -> Config:
-    """Fills the flags that depend on how many slices there are to learn from, and the machine.
+def apply_data_defaults(config: Config, slices: int, image_size: int = MAX_IMAGE_SIZE) -> Config:
+    """Fills the flags that depend on the slices there are to learn from, and on the machine.
+
+    Args:
+        slices: how many there are.
+        image_size: pixels of a side that hold the largest.
 
     Raises:
         UserError: fewer slices than one batch.
@@ -135,6 +142,7 @@ def apply_data_defaults(config: Config, slices: int) -> Config:
             f"--batch-size {batch}: expected at most the {slices} slices there are to learn from"
         )
     device = choose_device(config.device)
+    config = dataclasses.replace(config, **_unset(config, {"image_size": image_size}))
     sized = {
         "batch_size": batch,
         "arch": "resnet18" if slices < 50_000 else "resnet50",

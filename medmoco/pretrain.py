@@ -13,7 +13,7 @@ from medmoco.data.sources import folder_sources, read_case_list
 from medmoco.data.store import CacheSettings, SliceCache
 from medmoco.errors import UserError
 from medmoco.launch import choose_output, create_run
-from medmoco.methods import COMMON, PRESETS, Config, resolve
+from medmoco.methods import COMMON, MAX_IMAGE_SIZE, PRESETS, Config, resolve
 from medmoco.models.weights import read_weights, with_architecture
 from medmoco.output import write_json
 from medmoco.pretraining import Pretraining
@@ -39,7 +39,9 @@ class PretrainConfig:
     )
     width: float = option(None, "scales the encoder's channels; default that of --init, else 1")
     image_size: int = option(
-        None, f"pixels of a view, square; default {COMMON['image_size']}", least=4
+        None,
+        f"pixels of a view, square; default {MAX_IMAGE_SIZE}, less where all slices are smaller",
+        least=4,
     )
     spacing: float | None = option(
         None, "mm a pixel; default: the set's median, or what fits", above=0

@@ -22,7 +22,9 @@ def garbage_is_collected():
 def test_yardsticks_rates_are_those_of_their_product_and_copy():
     yardsticks = harness.Yardsticks(torch.float32, CPU, quick=True)
     rates = yardsticks.rates({"large product": [0.1, 9, 0.1], "large copy": [0.5, 0.5, 9]})
-    assert rates.flop_per_s == pytest.approx(2 * 256**3 / 0.1)
+    # How large a product is affordable, the machine's load decides.
+    size = len(yardsticks.calls["large product"](0))
+    assert rates.flop_per_s == pytest.approx(2 * size**3 / 0.1)
     assert rates.bytes_per_s == pytest.approx(2 * 8 * MIB / 0.5)  # read and written
 
 

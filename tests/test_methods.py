@@ -52,9 +52,12 @@ def test_the_gradient_is_limited_where_features_are_whitened_exactly():
     assert limit(method="medmoco", clip_norm=0.0) == 0
 
 
-def cache_of(volumes: int) -> SimpleNamespace:
+def cache_of(volumes: int, sides: tuple[int, int] = (32, 32)) -> SimpleNamespace:
     """As much of a cache as the flags depend on: volumes of 80 slices, each of another patient."""
-    entries = [SimpleNamespace(patient=str(v), shape=(80, 32, 32)) for v in range(volumes)]
+    entries = [
+        SimpleNamespace(patient=str(v), shape=(80, *sides), spacing=(4.0, 2.0, 2.0))
+        for v in range(volumes)
+    ]
     return SimpleNamespace(volumes=entries, slice_volume=np.repeat(np.arange(volumes), 80))
 
 
@@ -64,6 +67,22 @@ def test_other_volumes_cannot_be_the_negatives_where_there_are_none(volumes):
     assert resolve(flags, cache_of(20)).same == "volume"
     with pytest.raises(UserError, match="--same volume: expected two volumes or more"):
         resolve(flags, cache_of(volumes))
+
+
+@pytest.mark.parametrize(
+    ("sides", "flags", "size"),
+    [
+        ((32, 20), {}, 32),
+        ((33, 20), {}, 64),
+        ((20, 50), {"spacing": 1.0}, 128),
+        ((512, 512), {}, 224),
+        ((32, 32), {"image_size": 100}, 100),
+        ((32, 32), {"method": "paper"}, 336),
+    ],
+)
+def test_images_are_no_larger_than_the_slices_need(sides, flags, size):
+    config = resolve(PretrainConfig(device="cpu", **flags), cache_of(20, sides))
+    assert config.image_size == size
 
 
 def test_flags_win_over_the_method():

@@ -1,5 +1,6 @@
 """Slices on one pixel grid: from the cache to square canvases, and from canvases back."""
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,6 +11,8 @@ from torch.nn import functional
 from torch.utils.data import Dataset
 
 from medmoco.data.store import FULL_SCALE, SliceCache
+
+CANVAS_STEP = 32  # pixels: where the data decides a canvas's side, it is a multiple
 
 
 @dataclass(frozen=True)
@@ -41,12 +44,22 @@ def choose_grid(cache: SliceCache, image_size: int, spacing: float | None = None
     if spacing is not None:
         return PixelGrid(image_size, float(spacing))
     median = float(np.median([volume.spacing[1:] for volume in cache.volumes]))
-    largest = max(
+    return PixelGrid(image_size, max(median, _longest(cache) / image_size))
+
+
+def holding_all(cache: SliceCache, spacing: float) -> int:
+    """Side of a canvas that holds every slice at `spacing` mm a pixel, a multiple of 32 pixels."""
+    pixels = math.ceil(_longest(cache) / spacing - 1e-3)
+    return CANVAS_STEP * math.ceil(pixels / CANVAS_STEP)
+
+
+def _longest(cache: SliceCache) -> float:
+    """Millimetres of the longest side of a slice."""
+    return max(
         count * step
         for volume in cache.volumes
         for count, step in zip(volume.shape[1:], volume.spacing[1:], strict=True)
     )
-    return PixelGrid(image_size, max(median, largest / image_size))
 
 
 def fit_slice(array: np.ndarray, spacing: tuple[float, float], grid: PixelGrid) -> np.ndarray:
