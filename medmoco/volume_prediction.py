@@ -53,7 +53,7 @@ class VolumePredictor:
         self.save_probabilities = save_probabilities
         self.clock = Clock(device)
         for segmenter in segmenters:
-            segmenter.model.to(device, memory_format=torch.channels_last)
+            segmenter.model.to(device).to(memory_format=torch.channels_last)
 
     def label_map(self, item: Input) -> Path:
         """The file that the label map goes to; it is written last."""
