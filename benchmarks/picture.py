@@ -1,9 +1,16 @@
-"""Draws the picture at the head of README.md from finished runs of `medmoco train`.
+r"""Draws the picture at the head of README.md from finished runs of `medmoco train`.
 
     python benchmarks/picture.py runs/mocov2 runs/medmoco --output benchmarks/results/picture.png
 
-Left the spectra of the features of all runs, before and after pretraining; right the worst and the
-best test case of the last run's fine-tuned model, each at the slice that shows most of the organs.
+Left the spectra of the embeddings of all runs, before and after pretraining; right the worst and
+the best test case of the last run's fine-tuned model, each at the slice that shows most of the
+organs. The runs of the picture in the repository were made by
+
+    python -m medmoco.train --task Task04_Hippocampus --split benchmarks/splits/hippocampus.json \
+        --width 0.25 --output-stride 8 --epochs 20 --no-controls --device cpu \
+        --method mocov2 --output runs/mocov2
+
+and the same with medmoco.
 """
 
 import sys
@@ -42,7 +49,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     spectra = spectrum_plots(runs)
     if not spectra:
         raise UserError(f"{runs[0].folder}: expected a pretraining run, got one without spectra")
-    plots = [spectra[0], cases_plot(runs[-1])]
+    plots = [spectra[-1], cases_plot(runs[-1])]
     write_bytes_atomic(flags.output, render(plots, LIGHT, "png"))
     print("\n".join([plot.alt for plot in plots] + [f"\npicture: {flags.output}"]))
 
@@ -73,6 +80,7 @@ def cases_plot(run: Run) -> Plot:
             [(x + 0.5) * width for x in range(columns)], ["scan", "truth", "prediction"]
         )
         axes.set_yticks([(y + 0.5) * height for y in range(len(rows))], labels)
+        axes.xaxis.tick_top()
         axes.tick_params(length=0)
         axes.grid(visible=False)
         axes.spines[:].set_visible(False)
