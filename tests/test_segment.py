@@ -290,7 +290,7 @@ def test_weights_of_others_are_evaluated_with_statistics_of_slices(
     torch.manual_seed(0)
     state = Encoder("resnet18", width=0.125, in_channels=3).state_dict()
     seen = []
-    result = {"dice_mean": 0.5, "dice_per_volume": {}}
+    result = {"dice_mean": 0.5, "dice_per_volume": {}, "seconds": 1.0}
     monkeypatch.setattr(Segmentation, "run", lambda *given: seen.append(given[3]) or result)
     monkeypatch.setattr("medmoco.segment.dice_table", lambda results: "")
     for scale in (1.0, 50.0):
