@@ -1,4 +1,4 @@
-.PHONY: setup format check test bench
+.PHONY: setup format check test soak bench
 
 PYTHON ?= python
 
@@ -18,6 +18,10 @@ check:
 
 test:
 	$(PYTHON) -m pytest
+
+# What the tests do in seconds, for as long as it takes to trust it; docs/reliability.md has the figures.
+soak:
+	for program in kill leaks fuzz ranks scale; do $(PYTHON) soak/$$program.py || exit 1; done
 
 # make bench BENCH=--quick: small sizes, in seconds
 bench:
