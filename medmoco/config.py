@@ -4,7 +4,6 @@ import argparse
 import dataclasses
 import difflib
 import inspect
-import json
 import math
 import types
 import typing
@@ -13,6 +12,7 @@ from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
 from medmoco.errors import UserError
+from medmoco.json_file import read_object
 
 Config = TypeVar("Config")
 
@@ -152,12 +152,7 @@ def read_config(cls: type[Any], path: Path) -> dict[str, Any]:
         UserError: the file cannot be read, is no JSON object, a value has the wrong type, or it is
             of a command that `cls` names in `OTHER_MEANING_IN`.
     """
-    try:
-        values = json.loads(Path(path).read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"{path}: expected a readable JSON file: {error}") from error
-    if not isinstance(values, dict):
-        raise UserError(f"{path}: expected a JSON object, got {type(values).__name__}")
+    values = read_object(Path(path))
     command = values.get("command")
     if command in getattr(cls, "OTHER_MEANING_IN", ()):
         raise UserError(

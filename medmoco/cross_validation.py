@@ -1,11 +1,12 @@
 """What the folds of a cross-validation have in common: one summary over their cases."""
 
-import json
 import math
 import statistics
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+
+from medmoco.json_file import read_object
 
 Summary = dict[str, Any]
 
@@ -18,7 +19,7 @@ def fold_name(number: int) -> str:
 def finished_folds(output: Path, count: int) -> dict[int, Summary]:
     """The summaries of the folds that have one, by number."""
     paths = {number: output / fold_name(number) / "summary.json" for number in range(count)}
-    return {n: json.loads(path.read_text("utf-8")) for n, path in paths.items() if path.is_file()}
+    return {n: read_object(path) for n, path in paths.items() if path.is_file()}
 
 
 def over_folds(folds: dict[int, Summary], count: int) -> Summary:

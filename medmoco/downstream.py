@@ -21,6 +21,7 @@ from medmoco.data.store import SliceCache
 from medmoco.errors import UserError
 from medmoco.evaluation import evaluate
 from medmoco.finetune import finetune, start_from_frequencies
+from medmoco.json_file import read_object
 from medmoco.labelled import class_pixels
 from medmoco.launch import choose_device, choose_workers
 from medmoco.linear import linear_evaluation
@@ -31,6 +32,7 @@ from medmoco.models.encoder import Encoder
 from medmoco.models.moco import recalibrate_batchnorm
 from medmoco.models.segmenter import FOLDER, Segmenter, save_segmenter
 from medmoco.output import write_json
+from medmoco.printing import say
 from medmoco.progress import ProgressPlot
 from medmoco.validation import hold_out
 
@@ -198,7 +200,7 @@ class Segmentation:
         )
         about["missed"] = [self.cache.classes[c] for c in about["missed"]]
         if about["missed"]:
-            print(
+            say(
                 f"warning: fine-tuning does not find {', '.join(about['missed'])} even in slices "
                 "that it was trained on: try --class-weights inverse, or more --epochs"
             )
@@ -261,9 +263,9 @@ class Segmentation:
 def read_result(path: Path, identity: str) -> dict[str, Any] | None:
     """The result of a finished stage, if it came from the same inputs."""
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = read_object(path)
         return content["result"] if content["identity"] == identity else None
-    except (OSError, ValueError, KeyError, TypeError):
+    except (UserError, KeyError):
         return None
 
 

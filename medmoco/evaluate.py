@@ -16,6 +16,7 @@ from medmoco.data.task import read_classes
 from medmoco.data.volumes import find_volumes
 from medmoco.errors import UserError
 from medmoco.output import CONFIG_NAME, write_json, write_text
+from medmoco.printing import say
 from medmoco.score_tables import class_table, csv_text, summarise, worst_table
 from medmoco.scores import CaseScores, score_pairs
 
@@ -112,7 +113,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     matched = match(predictions, truths, config.only_common)
     if matched.left_out:
         names_left_out = some(str(path) for path in matched.left_out)
-        print(f"warning: left out, without a counterpart: {names_left_out}")
+        say(f"warning: left out, without a counterpart: {names_left_out}")
     cases = score_pairs(
         matched.pairs,
         list(names) if names else None,
@@ -126,7 +127,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         raise UserError(f"{config.truth}: expected label maps with a class besides 0, got none")
     resampled = [case.pair.case for case in cases if case.resampled]
     if resampled:
-        print(f"warning: resampled onto the truth's grid: {some(resampled)}")
+        say(f"warning: resampled onto the truth's grid: {some(resampled)}")
     summary = summarise(cases, classes)
     summary["medmoco"] |= {
         "version": medmoco.__version__,
@@ -135,10 +136,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         "left_out": [str(path) for path in matched.left_out],
     }
     write_results(output, summary, csv_text(cases, classes))
-    print(f"\n{len(cases)} cases\n{class_table(summary, config.tolerance)}")
-    print(f"\nworst cases\n{worst_table(cases, classes)}")
-    print(f"\nsummary:  {output / SUMMARY_NAME}\neach row: {output / CSV_NAME}")
-    print(f"next:     {next_command(config.pred, output)}")
+    say(f"\n{len(cases)} cases\n{class_table(summary, config.tolerance)}")
+    say(f"\nworst cases\n{worst_table(cases, classes)}")
+    say(f"\nsummary:  {output / SUMMARY_NAME}\neach row: {output / CSV_NAME}")
+    say(f"next:     {next_command(config.pred, output)}")
 
 
 def next_command(pred: Path, output: Path) -> str:

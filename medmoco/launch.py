@@ -1,7 +1,6 @@
 """From flags to a run that can start: the device, the output folder, config.json."""
 
 import dataclasses
-import json
 import os
 import sys
 import time
@@ -14,6 +13,7 @@ import medmoco
 from medmoco.config import to_json
 from medmoco.errors import UserError
 from medmoco.event_files import require_tensorboard
+from medmoco.json_file import read_object
 from medmoco.output import CONFIG_NAME, check_output, prepare_output, write_json
 
 Config = TypeVar("Config", bound=Any)  # a configuration with output, cache, resume and overwrite
@@ -79,7 +79,7 @@ def create_run(config: Any, command: str, **more: Any) -> None:
         UserError: the folder cannot be made, or --resume means a run of another command.
     """
     if config.resume:
-        made_by = json.loads((config.output / CONFIG_NAME).read_text("utf-8")).get("command")
+        made_by = read_object(config.output / CONFIG_NAME).get("command")
         if made_by != command:
             raise UserError(
                 f"--resume: expected a run of `medmoco {command}`, got {config.output} "

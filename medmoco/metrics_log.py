@@ -1,6 +1,5 @@
 """metrics.jsonl, what is made of it for spreadsheets and TensorBoard, and the loop's clock."""
 
-import json
 import math
 import time
 from collections.abc import Callable
@@ -13,6 +12,7 @@ from torch import Tensor
 from medmoco.epoch_table import EpochTable
 from medmoco.errors import UserError
 from medmoco.event_files import EventFiles, run_of
+from medmoco.json_file import parse_object
 from medmoco.output import append_jsonl, write_text
 
 CSV_SECONDS = 10.0  # between two writings of metrics.csv, which is written whole
@@ -106,14 +106,7 @@ class MetricsLog:
         """Drops records of `run`. A line that was cut off by a kill is no record, and goes too."""
         if not self.path.is_file():
             return
-        kept: list[tuple[str, dict[str, Any]]] = []
-        for line in self.path.read_text("utf-8").splitlines():
-            try:
-                record = json.loads(line)
-                if wanted(record):
-                    kept.append((line + "\n", record))
-            except (ValueError, KeyError, TypeError, AttributeError):
-                continue
+        kept = [(line + "\n", record) for line, record in read_records(self.path) if wanted(record)]
         write_text(self.path, "".join(line for line, _ in kept))
         self._epochs = EpochTable()
         for _, record in kept:
@@ -149,6 +142,29 @@ class StepClock:
         self._start = self._step_end = time.perf_counter()
         self._waited = 0.0
         self._images = 0
+
+
+def read_records(path: Path) -> list[tuple[str, dict[str, Any]]]:
+    """Lines of metrics.jsonl with what they say; lines that are no records are left out.
+
+    None of a run that has written none yet.
+    """
+    try:
+        lines = path.read_text(encoding="utf-8", errors="replace").split("\n")
+    except FileNotFoundError:
+        return []
+    return [(line, record) for line in lines if (record := _record(path, line)) is not None]
+
+
+def _record(path: Path, line: str) -> dict[str, Any] | None:
+    try:
+        record = parse_object(path, line)
+    except UserError:
+        return None
+    placed = isinstance(record.get("stage"), str) and isinstance(record.get("step"), int)
+    named = isinstance(record.get("encoder"), str | None)
+    timed = isinstance(record.get("epoch"), int | float | None)
+    return record if placed and named and timed else None
 
 
 def _plain(value: Any) -> Any:

@@ -15,6 +15,7 @@ from typing import Any, BinaryIO
 import torch
 
 from medmoco.errors import UserError
+from medmoco.json_file import read_object
 
 CONFIG_NAME = "config.json"
 
@@ -70,10 +71,9 @@ def prepare_output(folder: Path, *, resume: bool, overwrite: bool) -> Path:
 def _is_run(folder: Path) -> bool:
     """Many programs write a config.json; what they lie beside must not be deleted as a run."""
     try:
-        content = json.loads((folder / CONFIG_NAME).read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
+        return "medmoco" in read_object(folder / CONFIG_NAME)
+    except UserError:
         return False
-    return isinstance(content, dict) and "medmoco" in content
 
 
 @contextmanager

@@ -2,7 +2,6 @@
 
 import dataclasses
 import hashlib
-import json
 import os
 import sys
 import time
@@ -19,10 +18,12 @@ from medmoco.config import option, parse
 from medmoco.data.inputs import Input, check_header, find_inputs
 from medmoco.data.nifti import VolumeError
 from medmoco.errors import UserError
+from medmoco.json_file import read_object
 from medmoco.launch import choose_device, create_run
 from medmoco.models.segmenter import Segmenter, find_segmenters, load_segmenter
 from medmoco.output import CONFIG_NAME, check_output, remove_leftovers
 from medmoco.prediction import INSIDE
+from medmoco.printing import say
 from medmoco.signals import stopping_at_once
 from medmoco.volume_prediction import VolumePredictor
 
@@ -133,7 +134,7 @@ def check_places(config: PredictConfig, models: Sequence[Path]) -> None:
     check_output(config.output, resume=config.resume, overwrite=config.overwrite)
     about = output / CONFIG_NAME
     if config.overwrite and about.is_file():
-        made_by = json.loads(about.read_text(encoding="utf-8")).get("command")
+        made_by = read_object(about).get("command")
         if made_by != "predict":
             raise UserError(
                 f"--overwrite: {config.output} is a run of `medmoco {made_by}`; "
@@ -170,7 +171,7 @@ def check_models_of_resumed(config: PredictConfig, models: dict[str, str]) -> No
         models: digest of each file.
     """
     assert config.output is not None
-    before = json.loads((config.output / CONFIG_NAME).read_text(encoding="utf-8")).get("models")
+    before = read_object(config.output / CONFIG_NAME).get("models")
     if before != models:
         raise UserError(
             f"--resume: the predictions in {config.output} are of other models than "
@@ -209,7 +210,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     failed = predict_all(predictor, inputs, config)
     for error in bad + failed:
-        print(f"left out: {error}")
+        say(f"left out: {error}")
     if len(failed) == len(inputs):
         raise UserError(f"no volume could be predicted: {failed[0]}")
     print(f"label maps:  {config.output}")

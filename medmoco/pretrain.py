@@ -17,6 +17,7 @@ from medmoco.methods import COMMON, MAX_IMAGE_SIZE, PRESETS, Config, resolve
 from medmoco.models.weights import read_weights, with_architecture
 from medmoco.output import write_json
 from medmoco.pretraining import Pretraining
+from medmoco.printing import say
 from medmoco.report import write_plots, write_report
 
 
@@ -183,7 +184,7 @@ def with_init(config: Config) -> Config:
         return config
     weights = read_weights(config.init)
     config = with_architecture(config, weights)
-    print(f"init: {weights.about}")
+    say(f"init: {weights.about}")
     return config
 
 

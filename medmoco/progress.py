@@ -1,6 +1,5 @@
 """progress.png: loss and Dice by class of a fine-tuning, drawn while it goes on."""
 
-import json
 import time
 from pathlib import Path
 from typing import Any
@@ -8,6 +7,7 @@ from typing import Any
 from matplotlib.axes import Axes
 from matplotlib.ticker import MaxNLocator
 
+from medmoco.metrics_log import read_records
 from medmoco.output import write_bytes_atomic
 from medmoco.report.plots import short
 from medmoco.report.rendering import LIGHT, Plot, Theme, render
@@ -105,8 +105,5 @@ def _numbers(values: list[Any]) -> list[float]:
 
 
 def _fine_tuning(metrics: Path) -> list[Record]:
-    if not metrics.is_file():
-        return []
-    lines = metrics.read_text("utf-8").splitlines()
-    records = [json.loads(line) for line in lines if '"finetune"' in line]
+    records = (record for _, record in read_records(metrics))
     return [record for record in records if record["stage"] == "finetune"]

@@ -33,6 +33,7 @@ from medmoco.models.encoder import Encoder
 from medmoco.models.weights import read_weights, with_architecture
 from medmoco.models.whitening import keep_whitening
 from medmoco.output import CONFIG_NAME, write_json
+from medmoco.printing import say
 from medmoco.report.cases import write_cases
 from medmoco.signals import stopping_at_once
 
@@ -186,7 +187,7 @@ def with_encoder(config: SegmentConfig) -> tuple[SegmentConfig, Encoder | None, 
         return dataclasses.replace(config, arch=arch, width=width), None, {}
     weights = read_weights(config.encoder)
     config = with_architecture(config, weights)
-    print(f"encoder: {weights.about}")
+    say(f"encoder: {weights.about}")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)  # for what the file may not have
         encoder = Encoder(weights.arch, weights.width)
@@ -263,7 +264,7 @@ def run_and_summarise(
     assert output is not None
     warnings = pretraining_overlap(cache, segmentation.split, metadata)
     for warning in warnings:
-        print(f"warning: {warning}")
+        say(f"warning: {warning}")
     write_split(output / "split.json", segmentation.split)
     if encoder is not None and not metadata.get("calibrated", True):
         segmentation.recalibrate(encoder)
@@ -279,7 +280,7 @@ def run_and_summarise(
         "seconds": {"segment": stage_seconds(results)},
     }
     write_json(output / "summary.json", summary)
-    print(f"\nDice on {len(segmentation.split.test)} test volumes\n{dice_table(results)}")
+    say(f"\nDice on {len(segmentation.split.test)} test volumes\n{dice_table(results)}")
     print(f"\nsummary:     {output / 'summary.json'}\npredictions: {output / 'predictions'}")
     return summary
 
@@ -333,7 +334,7 @@ def run_folds(config: SegmentConfig, encoder: Encoder | None, metadata: dict[str
     finished = finished_folds(output, len(splits))
     summary = over_folds(finished, len(splits))
     write_json(output / "summary.json", summary)
-    print(f"\n{len(finished)} of {len(splits)} folds, their cases together\n{dice_table(summary)}")
+    say(f"\n{len(finished)} of {len(splits)} folds, their cases together\n{dice_table(summary)}")
     print(f"{fold_lines(summary)}\n\nsummary:     {output / 'summary.json'}")
 
 

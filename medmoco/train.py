@@ -24,6 +24,7 @@ from medmoco.models.encoder import load_encoder
 from medmoco.output import write_json
 from medmoco.pretrain import PretrainConfig, open_slices, with_init
 from medmoco.pretraining import Pretraining
+from medmoco.printing import say
 from medmoco.report import next_command, read_run, write_plots, write_report
 from medmoco.segment import SegmentConfig, dice_table, prepare, run_stages, stage_seconds
 
@@ -99,8 +100,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     write_json(config.output / "summary.json", summary)
     write_plots(config.output)
     report = write_report([config.output], config.output / "report.html")
-    print(f"\n{closing_table(summary)}\n\nreport: {report}")
-    print(f"next:   {next_command(read_run(config.output))}")
+    say(f"\n{closing_table(summary)}\n\nreport: {report}")
+    say(f"next:   {next_command(read_run(config.output))}")
 
 
 def locate_data(config: TrainConfig) -> TrainConfig:

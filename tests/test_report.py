@@ -465,7 +465,7 @@ def test_broken_json_is_named(tmp_path, name, content):
 def test_broken_line_of_metrics_is_named(tmp_path):
     folder = make_run(tmp_path / "run")
     (folder / "metrics.jsonl").write_text('{"stage": "pretrain"}\n{"stage"\n{}\n')
-    with pytest.raises(UserError, match=r"metrics\.jsonl, line 2: expected JSON"):
+    with pytest.raises(UserError, match=r"metrics\.jsonl, line 2: expected a readable JSON file"):
         read_run(folder)
 
 

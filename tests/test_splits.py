@@ -95,7 +95,7 @@ def test_first_fold_of_nnunet_is_taken(tmp_path):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ("{", "expected a readable JSON split"),
+        ("{", "expected a readable JSON file"),
         ("[]", 'expected lists "train" and "test"'),
         ('{"train": ["p00s0"]}', 'expected lists "train" and "test"'),
         ('[{"train": ["p00s0"]}]', 'expected lists "train" and "val" in each of nnU-Net'),
@@ -116,7 +116,7 @@ def test_bad_split_file_is_named(tmp_path, content, message):
 
 
 def test_missing_split_file_is_named(tmp_path):
-    with pytest.raises(UserError, match="expected a readable JSON split"):
+    with pytest.raises(UserError, match="expected a readable JSON file"):
         split_task(make_task(3), tmp_path / "split.json")
 
 

@@ -10,13 +10,13 @@ from medmoco.data.splits import (
     check_label_fraction,
     checked_split,
     named_parts,
-    read_split_file,
     shuffled_patients,
     split_task,
     with_labels,
 )
 from medmoco.data.task import Task
 from medmoco.errors import UserError
+from medmoco.json_file import read_json
 from medmoco.output import write_json
 
 FOLDS_NAME = "splits_final.json"
@@ -38,7 +38,7 @@ def split_folds(
         UserError: more folds than patients, no number of folds, or a broken split file, see
             `split_task`.
     """
-    content = read_split_file(split_file) if split_file else None
+    content = read_json(split_file) if split_file else None
     if isinstance(content, list):
         return _given_folds(str(split_file), content, task, folds)
     if folds is None:

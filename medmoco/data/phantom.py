@@ -4,7 +4,6 @@ It shows that the pipeline works; nothing about a method can be concluded from i
 """
 
 import gzip
-import json
 import os
 import shutil
 import tempfile
@@ -19,6 +18,7 @@ from medmoco.data.abdomen import CLASSES, render
 from medmoco.data.anatomy import draw_patient
 from medmoco.data.lock import locked
 from medmoco.errors import UserError
+from medmoco.json_file import read_object
 from medmoco.output import write_json
 
 VERSION = 1  # of what is drawn: another version is another phantom
@@ -72,8 +72,8 @@ def _found(folder: Path, settings: dict[str, int]) -> bool:
     if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
         return False
     try:
-        found = json.loads((folder / "dataset.json").read_text(encoding="utf-8"))["phantom"]
-    except (OSError, ValueError, KeyError, TypeError):
+        found = read_object(folder / "dataset.json")["phantom"]
+    except (UserError, KeyError):
         raise UserError(
             f"{folder}: expected a phantom or no such folder, got something else; choose another"
         ) from None

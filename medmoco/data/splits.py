@@ -1,6 +1,5 @@
 """Splits by patient, never by slice: two slices of one patient are near-duplicates."""
 
-import json
 import math
 from collections.abc import Collection, Sequence
 from dataclasses import asdict, dataclass
@@ -11,7 +10,9 @@ import numpy as np
 
 from medmoco.data.task import Task
 from medmoco.errors import UserError
+from medmoco.json_file import read_json
 from medmoco.output import write_json
+from medmoco.printing import say
 
 PARTS = ("pretrain", "train", "test")
 NAMED = 5  # cases or patients that an error lists
@@ -100,20 +101,8 @@ def shuffled_patients(task: Task, names: Collection[str], seed: int) -> list[str
     return [patients[i] for i in np.random.default_rng(seed).permutation(len(patients))]
 
 
-def read_split_file(path: Path) -> Any:
-    """The JSON of a split or of a list of folds, not checked any further.
-
-    Raises:
-        UserError: the file cannot be read, or holds no JSON.
-    """
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"{path}: expected a readable JSON split: {error}") from None
-
-
 def _read_split(path: Path, task: Task) -> tuple[tuple[str, ...], ...]:
-    content = read_split_file(path)
+    content = read_json(path)
     if isinstance(content, list) and content:
         content = named_parts(path, content[0])
     split = checked_split(str(path), content, task)
@@ -158,7 +147,7 @@ def checked_split(path: str, content: Any, task: Task) -> Split:
         )
     seen = sorted(tested & {patient[name] for name in parts["pretrain"]})
     if seen:
-        print(f"warning: {path}: {len(seen)} test patients are also in pretrain, {seen[0]} for one")
+        say(f"warning: {path}: {len(seen)} test patients are also in pretrain, {seen[0]} for one")
     return Split(*(tuple(sorted(parts[part])) for part in PARTS))
 
 

@@ -5,7 +5,6 @@ doi:10.1038/s41592-020-01008-z.
 """
 
 import csv
-import json
 import os
 import re
 from dataclasses import dataclass
@@ -26,6 +25,7 @@ from medmoco.data.volumes import (
     volume_name,
 )
 from medmoco.errors import UserError
+from medmoco.json_file import read_object
 
 FOLDER_PAIRS = (("imagesTr", "labelsTr"), ("images", "labels"), ("img", "label"))
 MAX_VALUE = 255  # label maps are written as uint8
@@ -164,12 +164,7 @@ def _read_patients(path: str) -> dict[str, str]:
 
 
 def _read_description(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8-sig"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"{path}: expected a readable JSON file: {error}") from None
-    if not isinstance(content, dict):
-        raise UserError(f"{path}: expected a JSON object, got {type(content).__name__}")
+    content = read_object(path)
     ending = content.get("file_ending", ".nii.gz")
     if ending not in SUFFIXES:
         raise UserError(f"{path}: expected file_ending .nii.gz or .nii, got {ending!r}")

@@ -5,6 +5,7 @@ import hashlib
 import html
 from collections.abc import Iterable, Sequence
 
+from medmoco.printing import visible
 from medmoco.report.run_folder import Run, finite
 from medmoco.report.script import SCRIPT
 from medmoco.report.style import STYLE
@@ -21,16 +22,6 @@ class Markup(str):
 
 
 NOTHING = Markup("")
-
-
-def visible(value: object) -> str:
-    """Control characters, lone surrogates and direction marks become visible escapes.
-
-    A file name may hold them, and they would break the page or mislead its reader.
-    """
-    return "".join(
-        c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in str(value)
-    )
 
 
 def text(value: object) -> Markup:

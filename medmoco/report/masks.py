@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from medmoco.printing import visible
 from medmoco.report.cases import LEADING, ShownCase, read_cases, read_prediction
-from medmoco.report.html import visible
 from medmoco.report.run_folder import MODEL_FOLDERS, Result, Run
 
 MAX_BYTES = 7_500_000  # of the slices and masks on one page

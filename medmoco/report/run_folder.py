@@ -1,12 +1,12 @@
 """Reads what a run has left in its folder, finished or not."""
 
-import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from medmoco.errors import UserError
+from medmoco.json_file import parse_object, read_object
 from medmoco.output import CONFIG_NAME
 
 SUMMARY_NAME = "summary.json"
@@ -99,9 +99,9 @@ def read_run(folder: Path) -> Run:
     folder = Path(folder)
     if not (folder / CONFIG_NAME).is_file():
         raise UserError(f"{folder}: expected the folder of a run, got one without {CONFIG_NAME}")
-    config = _read_object(folder / CONFIG_NAME)
+    config = read_object(folder / CONFIG_NAME, nan_is_null=True)
     summary_path = folder / SUMMARY_NAME
-    summary = _read_object(summary_path) if summary_path.is_file() else None
+    summary = read_object(summary_path, nan_is_null=True) if summary_path.is_file() else None
     records, truncated = _read_metrics(folder / METRICS_NAME)
     content = summary or {}
     controls = _member(summary_path, content, "controls", dict)
@@ -123,26 +123,11 @@ def read_run(folder: Path) -> Run:
     )
 
 
-def _parse(path: Path, content: str, place: str = "") -> Record:
-    # NaN and Infinity are no JSON, but Python writes and reads them: they become null here.
-    try:
-        value = json.loads(content, parse_constant=lambda _: None)
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{path}{place}: expected JSON: {error}") from error
-    if not isinstance(value, dict):
-        raise UserError(f"{path}{place}: expected a JSON object, got {type(value).__name__}")
-    return value
-
-
 def _read_text(path: Path) -> str:
     try:
         return path.read_text(encoding="utf-8")
     except (OSError, ValueError) as error:
         raise UserError(f"{path}: expected a readable text file: {error}") from error
-
-
-def _read_object(path: Path) -> Record:
-    return _parse(path, _read_text(path))
 
 
 def _read_metrics(path: Path) -> tuple[list[Record], bool]:
@@ -157,7 +142,7 @@ def _read_metrics(path: Path) -> tuple[list[Record], bool]:
     records: dict[tuple[Any, ...], Record] = {}
     for number, line in enumerate(lines, start=1):
         if line.strip():
-            record = _parse(path, line, f", line {number}")
+            record = parse_object(path, line, f", line {number}", nan_is_null=True)
             identity = tuple(str(record.get(k)) for k in ("stage", "encoder", "epoch", "step"))
             records[identity] = record
     return list(records.values()), bool(rest.strip())
