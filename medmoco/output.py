@@ -31,7 +31,9 @@ def check_output(folder: Path, *, resume: bool, overwrite: bool) -> None:
     if folder.exists() and not folder.is_dir():
         raise UserError(f"--output {folder}: expected a folder, got a file")
     try:
-        occupied = folder.is_dir() and any(folder.iterdir())
+        occupied = folder.is_dir() and any(
+            not _is_leftover(path, CONFIG_NAME) for path in folder.iterdir()
+        )
     except OSError as error:
         raise UserError(f"--output {folder}: cannot be read: {error.strerror}") from error
     is_run = _is_run(folder)
@@ -54,6 +56,8 @@ def check_output(folder: Path, *, resume: bool, overwrite: bool) -> None:
 def prepare_output(folder: Path, *, resume: bool, overwrite: bool) -> Path:
     """Creates the output folder of a run, emptied if `overwrite`.
 
+    What a process that was killed has left of writing files in it is deleted.
+
     Raises:
         UserError: as `check_output`, or the folder cannot be made.
     """
@@ -63,6 +67,9 @@ def prepare_output(folder: Path, *, resume: bool, overwrite: bool) -> Path:
         if overwrite and not resume and folder.is_dir():
             shutil.rmtree(folder)
         folder.mkdir(parents=True, exist_ok=True)
+        for path in folder.rglob(".*"):
+            if _is_leftover(path):
+                path.unlink(missing_ok=True)
     except OSError as error:
         raise UserError(f"--output {folder}: cannot be made: {error.strerror or error}") from error
     return folder
@@ -103,10 +110,15 @@ def atomic_file(path: Path) -> Iterator[BinaryIO]:
 
 def remove_leftovers(path: Path) -> None:
     """Deletes what a process that was killed has left of writing `path`."""
-    ours = re.compile(re.escape(f".{path.name}.") + r"\w{8}")
     for found in path.parent.glob(f".{glob.escape(path.name)}.*"):
-        if ours.fullmatch(found.name):
+        if _is_leftover(found, path.name):
             found.unlink(missing_ok=True)
+
+
+def _is_leftover(path: Path, name: str | None = None) -> bool:
+    """Whether this is a temporary file of `atomic_file`, for a file of this or of any name."""
+    of = ".+" if name is None else re.escape(name)
+    return re.fullmatch(rf"\.{of}\.[a-z0-9_]{{8}}", path.name) is not None and path.is_file()
 
 
 def write_bytes_atomic(path: Path, content: bytes) -> None:

@@ -55,6 +55,21 @@ def test_occupied_folder_is_refused_and_left_alone(run):
     assert (run / "encoder.pt").read_bytes() == b"weights"
 
 
+def test_what_a_kill_left_before_the_first_file_does_not_occupy_a_folder(tmp_path):
+    (tmp_path / ".config.json.k2_x81aq").write_text('{"medm')
+    prepare_output(tmp_path, resume=False, overwrite=False)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_kills_left_of_a_run_is_deleted_when_it_goes_on(run):
+    (run / "checkpoints").mkdir()
+    (run / "checkpoints" / ".last.pt.0a1b2c3d").write_bytes(b"half")
+    (run / ".hidden").write_text("of somebody else")
+    prepare_output(run, resume=True, overwrite=False)
+    assert list((run / "checkpoints").iterdir()) == []
+    assert (run / ".hidden").is_file() and (run / "encoder.pt").is_file()
+
+
 def test_overwrite_empties_the_folder_of_a_run(run):
     prepare_output(run, resume=False, overwrite=True)
     assert list(run.iterdir()) == []
