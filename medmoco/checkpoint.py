@@ -1,5 +1,7 @@
-"""Checkpoints: the full state of a run in one file, written whole or not at all."""
+"""Checkpoints: the full state of a training in one file, written whole or not at all."""
 
+import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -7,36 +9,134 @@ import torch
 
 from medmoco.errors import UserError
 from medmoco.output import save_torch
+from medmoco.seal import SealBroken, check_seal
 
 FORMAT = "medmoco.checkpoint"
-VERSION = 1
+VERSION = 2
+SECONDS = 600.0  # between two checkpoints within an epoch
 
 
-def save_checkpoint(path: Path, identity: dict[str, Any], state: dict[str, Any]) -> None:
-    """Writes `state`; `identity` says of which model and method it is a state."""
+class DamagedFile(UserError):
+    """The file is not what was written."""
+
+
+class AnotherRun(UserError):
+    """The checkpoint is whole, but that of another training."""
+
+
+class Checkpoints:
+    """The last two checkpoints of a training: `path` and, should it be damaged, the one before.
+
+    A new one is written beside them, and takes the place of the last one after that has become the
+    one before: whatever moment the machine stops at, one of the two is whole.
+
+    Args:
+        path: of the last one, FOLDER/NAME.pt; the one before is FOLDER/NAME.previous.pt.
+        identity: see `save_checkpoint`.
+    """
+
+    def __init__(self, path: Path, identity: dict[str, Any]) -> None:
+        self.path = path
+        self.previous = path.with_name(f"{path.stem}.previous{path.suffix}")
+        self.identity = identity
+        self._last_is_damaged = False
+        self._written, self._seconds = 0, 0.0
+
+    def exist(self) -> bool:
+        return self.path.is_file() or self.previous.is_file()
+
+    def save(self, state: dict[str, Any]) -> None:
+        started = time.perf_counter()
+        # A damaged file must not take the place of the whole one before it.
+        previous = None if self._last_is_damaged else self.previous
+        save_checkpoint(self.path, self.identity, state, previous)
+        self._last_is_damaged = False
+        self._written += 1
+        self._seconds += time.perf_counter() - started
+
+    def load(self) -> dict[str, Any] | None:
+        """The last state that is whole, None where none was saved yet.
+
+        Which file is damaged, and which one it is instead, is told on stderr.
+
+        Raises:
+            AnotherRun: the identity is another one.
+            UserError: no file is whole, or one cannot be read.
+        """
+        damages: list[str] = []
+        for path in (self.path, self.previous):
+            if not path.is_file():
+                continue
+            try:
+                state = load_checkpoint(path, self.identity)
+            except DamagedFile as damage:
+                damages.append(str(damage))
+                continue
+            if damages:
+                self._last_is_damaged = True
+                print(f"warning: {damages[0]}\ngoing on from {path}", file=sys.stderr)
+            return state
+        if damages:
+            raise UserError("\n".join([*damages, "no checkpoint is left to go on from"]))
+        return None
+
+    def remove(self) -> None:
+        """Deletes what a training that is over needs no more."""
+        for path in (self.path, self.previous):
+            path.unlink(missing_ok=True)
+
+    def cost(self, seconds: float) -> dict[str, float]:
+        """Of what this process has written: number, size of the last one, time, share of it.
+
+        Args:
+            seconds: that the training took in this process, checkpoints included.
+        """
+        return {
+            "written": self._written,
+            "megabytes": round(self.path.stat().st_size / 1e6, 3) if self.path.is_file() else 0.0,
+            "seconds": round(self._seconds, 4),
+            "share": round(self._seconds / seconds, 5) if seconds else 0.0,
+        }
+
+
+def save_checkpoint(
+    path: Path, identity: dict[str, Any], state: dict[str, Any], previous: Path | None = None
+) -> None:
+    """Writes `state`; `identity` says of which model and method it is a state.
+
+    Args:
+        path: of the file; its folder is made if need be.
+        identity: what has to be the same where the state is loaded.
+        state: tensors and plain values.
+        previous: where the file goes that is at `path` now; None to replace it.
+    """
     path.parent.mkdir(exist_ok=True)
-    save_torch(path, {"format": FORMAT, "version": VERSION, "identity": identity, "state": state})
+    content = {"format": FORMAT, "version": VERSION, "identity": identity, "state": state}
+    save_torch(path, content, previous)
 
 
 def load_checkpoint(path: Path, identity: dict[str, Any]) -> dict[str, Any]:
     """The state in a checkpoint, on the CPU. No code from the file runs.
 
     Raises:
-        UserError: the file is damaged or no checkpoint of medmoco, is of another version, or its
-            identity (method, architecture, ...) is not `identity`.
+        DamagedFile: a bit of it changed, or it is cut off.
+        AnotherRun: its identity (method, architecture, ...) is not `identity`.
+        UserError: the file is no checkpoint of medmoco, or is of another version.
     """
-    content = load_tensors(path)
+    content, sealed = _load(path)
     if content.get("format") != FORMAT:
         found = content.get("format", "no format entry")
         raise UserError(f"{path}: expected a checkpoint of format {FORMAT!r}, got {found!r}")
     if content.get("version") != VERSION:
         raise UserError(f"{path}: expected version {VERSION}, got {content.get('version')!r}")
+    if not sealed:
+        raise DamagedFile(f"{path}: expected a checkpoint that ends with its checksum, got none")
     if not isinstance(content.get("identity"), dict) or not isinstance(content.get("state"), dict):
         raise UserError(f"{path}: expected the entries identity and state, got {sorted(content)}")
     for name, expected in identity.items():
         found = content["identity"].get(name)
         if found != expected:
-            raise UserError(
+            raise AnotherRun(
                 f"{path}: checkpoint of another run: expected {name} = {expected!r}, got {found!r}"
             )
     return content["state"]
@@ -46,18 +146,30 @@ def load_tensors(path: Path) -> dict[str, Any]:
     """A dictionary of tensors and plain values written by torch.save; never runs a pickle's code.
 
     Raises:
-        UserError: the file is missing, damaged, or holds anything else.
+        DamagedFile: the file is damaged: it has a checksum that does not fit, or cannot be read.
+        UserError: the file is missing, or holds anything else.
     """
+    return _load(path)[0]
+
+
+def _load(path: Path) -> tuple[dict[str, Any], bool]:
+    """What a file holds, and whether it has a checksum, which then fits."""
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        with open(path, "rb") as file:
+            sealed = check_seal(file)
+            content = torch.load(file, map_location="cpu", weights_only=True)
     except FileNotFoundError as error:
         raise UserError(f"{path}: no such file") from error
+    except PermissionError as error:  # not damage: the one before is no better then
+        raise UserError(f"{path}: cannot be read: {error.strerror}") from error
+    except SealBroken as error:
+        raise DamagedFile(f"{path}: damaged: {error}") from error
     except Exception as error:  # a damaged stream makes the unpickler raise whatever it meets
         detail = str(error).strip().splitlines() or [type(error).__name__]
-        raise UserError(
+        raise DamagedFile(
             f"{path}: expected a file of tensors written by torch.save, cannot read it: {detail[0]}"
         ) from error
     if not isinstance(content, dict):
         kind = type(content).__name__
         raise UserError(f"{path}: expected a dictionary of tensors, got {kind}")
-    return content
+    return content, sealed

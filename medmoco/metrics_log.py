@@ -1,6 +1,7 @@
 """metrics.jsonl, what is made of it for spreadsheets and TensorBoard, and the loop's clock."""
 
 import math
+import os
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -88,6 +89,12 @@ class MetricsLog:
         if time.monotonic() > self._csv_due:
             self._epochs.write(self.path.with_suffix(".csv"))
             self._csv_due = time.monotonic() + CSV_SECONDS
+
+    def sync(self) -> None:
+        """Waits until metrics.jsonl is on the disk, as a checkpoint that counts on it must."""
+        if self.path.is_file():
+            with open(self.path, "rb") as file:
+                os.fsync(file.fileno())
 
     def forget_after(self, step: int, diagnosed: int) -> None:
         """Drops what a resumed run writes again: steps beyond `step`, diagnoses beyond that of step

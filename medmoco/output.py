@@ -16,6 +16,7 @@ import torch
 
 from medmoco.errors import UserError
 from medmoco.json_file import read_object
+from medmoco.seal import seal
 
 CONFIG_NAME = "config.json"
 
@@ -84,10 +85,11 @@ def _is_run(folder: Path) -> bool:
 
 
 @contextmanager
-def atomic_file(path: Path) -> Iterator[BinaryIO]:
+def atomic_file(path: Path, previous: Path | None = None) -> Iterator[BinaryIO]:
     """A file to write to that appears whole or not at all, even if the machine stops.
 
-    Until the end of the context it is a hidden one beside `path`.
+    Until the end of the context it is a hidden one beside `path`. The file whose place it takes
+    becomes `previous`, in the same folder, if that is given.
     """
     path = Path(path)
     handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
@@ -97,6 +99,8 @@ def atomic_file(path: Path) -> Iterator[BinaryIO]:
             file.flush()
             os.fsync(file.fileno())
         os.chmod(temporary, 0o644)  # mkstemp gives 0600, too narrow for shared folders
+        if previous is not None and path.exists():
+            os.replace(path, previous)
         os.replace(temporary, path)
     except BaseException:
         Path(temporary).unlink(missing_ok=True)
@@ -135,11 +139,20 @@ def write_json(path: Path, value: Any) -> None:
     write_text(path, json.dumps(value, indent=2, allow_nan=False) + "\n")
 
 
-def save_torch(path: Path, value: Any) -> None:
-    """torch.save through memory, so that the file is whole or absent."""
+def save_torch(path: Path, value: Any, previous: Path | None = None) -> None:
+    """torch.save through memory, with a checksum, so that the file is whole or absent.
+
+    Args:
+        path: of the file.
+        value: what torch.load is to give back.
+        previous: where the file goes that is at `path` now; None to replace it.
+    """
     buffer = io.BytesIO()
     torch.save(value, buffer)
-    write_bytes_atomic(path, buffer.getvalue())
+    archive = bytearray(buffer.getbuffer())
+    seal(archive)
+    with atomic_file(path, previous) as file:
+        file.write(archive)
 
 
 def append_jsonl(path: Path, record: dict[str, Any]) -> None:

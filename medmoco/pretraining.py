@@ -15,7 +15,8 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 import medmoco
-from medmoco.checkpoint import load_checkpoint, save_checkpoint
+from medmoco.checkpoint import SECONDS as CHECKPOINT_SECONDS
+from medmoco.checkpoint import Checkpoints
 from medmoco.data.slices import PixelGrid, SliceDataset, choose_grid
 from medmoco.data.store import SliceCache
 from medmoco.data.stream import EpochSampler, hold_out_patients, make_loader
@@ -27,6 +28,7 @@ from medmoco.models.encoder import save_encoder
 from medmoco.models.moco import recalibrate_batchnorm, train_step
 from medmoco.models.weights import read_weights
 from medmoco.models.whitening import map_whitening_state
+from medmoco.random_state import random_state, set_random_state
 from medmoco.signals import Stopped, StopRequest
 
 if TYPE_CHECKING:
@@ -34,7 +36,6 @@ if TYPE_CHECKING:
 
 CALIBRATION_BATCHES = 8  # before the queue is filled, so that the first keys are normalised
 LOG_EVERY = 10  # steps between two readings of the losses, each of which waits for the device
-CHECKPOINT_SECONDS = 600
 OVERSAMPLING = 1.5  # finer pixels than the image's are kept up to here, for crops that zoom in
 # A checkpoint goes on only where these agree: they shape the model, or the road that it takes.
 IDENTITY = (
@@ -59,9 +60,9 @@ class Pretraining:
         self.cache = cache
         self.output = output = config.output
         self.device = torch.device(config.device)
-        self.checkpoint = output / "checkpoints" / "last.pt"
+        self.checkpoints = Checkpoints(output / "checkpoints" / "last.pt", self._identity())
         initial = None
-        if config.init is not None and not (config.resume and self.checkpoint.is_file()):
+        if config.init is not None and not (config.resume and self.checkpoints.exist()):
             initial = read_weights(config.init)
         self.model = build_model(config, initial).to(self.device)
         if self.device.type == "cuda":
@@ -91,6 +92,7 @@ class Pretraining:
         self.losses = [0.0, 0]  # global losses of the epoch so far: their sum and number
         self.diagnostics: dict[str, Any] = {}
         self.last: dict[str, Any] = {}  # record that was read back from the device
+        self.seconds = 0.0  # that the training took in this process
 
     # --- the loop ---------------------------------------------------------------------------
 
@@ -107,6 +109,7 @@ class Pretraining:
         if self.config.resume:
             self.restore()
         print(self._introduction(), flush=True)
+        started = time.monotonic()
         with self.metrics, StopRequest() as stop, self._progress_bar() as bar:
             if not self.diagnostics:
                 bar.set_postfix_str(f"filling the queue with {self.config.queue_size:,} keys")
@@ -121,6 +124,7 @@ class Pretraining:
                     self._train_epoch(bar, stop)
             if stop.asked:  # after the last step, so that what follows does not keep it waiting
                 raise Stopped(f"saved step {self.step} of {self.total_steps}")
+        self.seconds = time.monotonic() - started
         save_encoder(self.output / "encoder.pt", self.model.query.encoder, **self.metadata())
         return self.diagnostics
 
@@ -269,8 +273,10 @@ class Pretraining:
             "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "generator": self.generator.get_state(),
+            "random": random_state(),
         }
-        save_checkpoint(self.checkpoint, self._identity(), state)
+        self.metrics.sync()
+        self.checkpoints.save(state)
 
     def restore(self) -> None:
         """Goes on from the last checkpoint, or from the beginning where none was written yet.
@@ -278,12 +284,13 @@ class Pretraining:
         Bit for bit on the same kind of device; on another one with other random numbers.
 
         Raises:
-            UserError: the checkpoint is damaged or belongs to another run.
+            UserError: the last checkpoint and the one before it are damaged, or belong to another
+                run.
         """
-        if not self.checkpoint.is_file():
+        state = self.checkpoints.load()
+        if state is None:
             self.metrics.forget_after(-1, -1)
             return
-        state = load_checkpoint(self.checkpoint, self._identity())
         self.step, self.losses = state["step"], state["losses"]
         self.diagnostics = state["diagnostics"]
         self.model.load_state_dict(state["model"])
@@ -292,6 +299,7 @@ class Pretraining:
             self.generator.set_state(state["generator"])
         else:  # of another kind of device, whose random numbers are of another kind too
             self.generator.manual_seed(self.config.seed + self.step)
+        set_random_state(state["random"])
         self.metrics.forget_after(self.step, self.diagnostics["step"])
 
     def summary(self) -> dict[str, Any]:
@@ -309,6 +317,7 @@ class Pretraining:
             "controls": {},
             "bad_files": [dataclasses.asdict(file) for file in self.cache.bad],
             "warnings": self.diagnostics["warnings"],
+            "checkpoints": self.checkpoints.cost(self.seconds),
         }
 
     def _identity(self) -> dict[str, Any]:
@@ -348,12 +357,13 @@ class Pretraining:
     def _introduction(self) -> str:
         """What was chosen, in two lines."""
         config, learned = self.config, self.sampler.length
+        begun = f", from step {self.step:,}" if self.step else ""
         return (
             f"pretrain: {config.method}, {config.arch} x {config.width:g} on {self.device}, "
             f"{config.image_size} px of {self.grid.spacing:.3g} mm, output stride "
             f"{config.output_stride}; {learned:,} slices to learn from, "
             f"{self.held_out_slices:,} held out\n"
-            f"pretrain: {config.epochs} epochs of {self.sampler.batches} steps, batch "
+            f"pretrain: {config.epochs} epochs of {self.sampler.batches} steps{begun}, batch "
             f"{config.batch_size}, lr {config.lr:.3g}, queue {config.queue_size:,}, local "
             f"{config.local}, decorrelation {config.decorrelation}"
         )

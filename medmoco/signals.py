@@ -1,9 +1,14 @@
 """A request to stop: noticed between two steps, or followed at once."""
 
+import os
 import signal
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType, TracebackType
+
+# timeout(1), torchrun and schedulers tell a process and its group at once: that is one request.
+SAME_REQUEST_SECONDS = 1.0
 
 
 class Stopped(Exception):
@@ -20,10 +25,11 @@ def leave_stopping_to_the_trainer(worker: int) -> None:
 
 
 class StopRequest:
-    """Context in which SIGTERM and SIGUSR1 only set `asked`; a second one ends at once."""
+    """Context in which SIGTERM and SIGUSR1 only set `asked`; a second request ends at once."""
 
     def __init__(self) -> None:
         self.asked = False
+        self._asked_at = 0.0
         self._previous: dict[int, signal.Handlers] = {}
 
     def __enter__(self) -> "StopRequest":
@@ -41,9 +47,12 @@ class StopRequest:
             signal.signal(number, handler)
 
     def _notice(self, number: int, frame: FrameType | None) -> None:
-        if self.asked:
-            raise SystemExit(128 + number)
-        self.asked = True
+        if not self.asked:
+            self.asked, self._asked_at = True, time.monotonic()
+        elif time.monotonic() - self._asked_at > SAME_REQUEST_SECONDS:
+            # An exception could be caught, or lost in a destructor.
+            signal.signal(number, signal.SIG_DFL)
+            os.kill(os.getpid(), number)
 
 
 @contextmanager

@@ -8,7 +8,7 @@ import torch
 
 from medmoco.checkpoint import load_tensors
 
-DURATIONS = ("seconds", "per_second", "data_wait")
+DURATIONS = ("seconds", "per_second", "data_wait", "checkpoints")  # the last: what they cost
 
 
 def differences(expected: Path, found: Path) -> list[str]:

@@ -69,6 +69,7 @@ class ResidentLoader:
             sampler.batch_size,
             num_workers=workers,
             worker_init_fn=leave_stopping_to_the_trainer,
+            generator=torch.Generator().manual_seed(sampler.seed),
         )
         parts: dict[str, list[Tensor]] = {}
         for batch in tqdm(batches, desc=f"slices to {device}", unit="batch", disable=None):
@@ -85,7 +86,11 @@ class ResidentLoader:
 def make_loader(
     dataset: SliceDataset, sampler: EpochSampler, workers: int, device: torch.device
 ) -> DataLoader | ResidentLoader:
-    """Batches from the cache or, where a GPU has room for all slices, from its memory."""
+    """Batches from the cache or, where a GPU has room for all slices, from its memory.
+
+    Seeds of the workers come from a generator of the loader's own: that a resumed run makes its
+    loader once more moves no random number of the training.
+    """
     if device.type == "cuda":
         size = sum(values.nbytes for values in dataset[0].values()) * len(dataset)
         free, _ = torch.cuda.mem_get_info(device)
@@ -98,6 +103,7 @@ def make_loader(
         persistent_workers=workers > 0,
         pin_memory=device.type == "cuda",
         worker_init_fn=leave_stopping_to_the_trainer,
+        generator=torch.Generator().manual_seed(sampler.seed),
     )
 
 

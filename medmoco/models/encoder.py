@@ -12,6 +12,7 @@ from torchvision.models.resnet import BasicBlock, Bottleneck
 
 from medmoco.errors import UserError
 from medmoco.output import save_torch
+from medmoco.seal import check_seal
 
 ARCHITECTURES: dict[str, tuple[type[BasicBlock | Bottleneck], tuple[int, int, int, int]]] = {
     "resnet18": (BasicBlock, (2, 2, 2, 2)),
@@ -255,7 +256,9 @@ def _read_content(path: Path) -> dict[str, Any]:
     except OSError as error:
         raise UserError(f"{path}: cannot read the encoder file: {error.strerror}") from error
     try:
-        content = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+        file = io.BytesIO(data)
+        check_seal(file)
+        content = torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:  # a damaged or hostile file can raise anything
         # PyTorch's own message advises to run the code in the file.
         raise UserError(
