@@ -10,6 +10,7 @@ from typing import Any
 
 from torch import Tensor
 
+from medmoco.divergence import NonFiniteLoss
 from medmoco.epoch_table import EpochTable
 from medmoco.errors import UserError
 from medmoco.event_files import EventFiles, run_of
@@ -59,16 +60,13 @@ class MetricsLog:
         """Writes what is held, `common` added to each record, and returns it.
 
         Raises:
-            UserError: a loss is not finite.
+            NonFiniteLoss: a loss is not finite; the records before it are written.
         """
         held, self._held = self._held, []
         records = [{name: _plain(v) for name, v in (record | common).items()} for record in held]
         for record in records:
             if not math.isfinite(record["loss"]):
-                raise UserError(
-                    f"the loss is {record['loss']} at step {record['step']}: start again with a "
-                    "lower --lr, or with --amp-dtype float32"
-                )
+                raise NonFiniteLoss(record["step"], record["loss"])
             self._append(record)
         self._update()
         return records

@@ -5,6 +5,7 @@ import itertools
 import math
 import sys
 import time
+from collections import deque
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
@@ -22,6 +23,8 @@ from medmoco.data.store import SliceCache
 from medmoco.data.stream import EpochSampler, hold_out_patients, make_loader
 from medmoco.data.views import View, ViewConfig, sample_views
 from medmoco.diagnostics import collapse_warnings, diagnose
+from medmoco.divergence import NonFiniteLoss, all_finite, diverged
+from medmoco.errors import UserError
 from medmoco.methods import build_model
 from medmoco.metrics_log import MetricsLog, StepClock
 from medmoco.models.encoder import save_encoder
@@ -93,6 +96,8 @@ class Pretraining:
         self.diagnostics: dict[str, Any] = {}
         self.last: dict[str, Any] = {}  # record that was read back from the device
         self.seconds = 0.0  # that the training took in this process
+        # Slice numbers of the last batches: what goes wrong is noticed when losses are read back.
+        self.batches: deque[tuple[int, Tensor]] = deque(maxlen=LOG_EVERY)
 
     # --- the loop ---------------------------------------------------------------------------
 
@@ -104,7 +109,7 @@ class Pretraining:
 
         Raises:
             Stopped: a signal asked for it; the state is saved.
-            UserError: the loss is not finite.
+            UserError: the loss or a weight is not finite.
         """
         if self.config.resume:
             self.restore()
@@ -116,6 +121,7 @@ class Pretraining:
                 self._start(stop)
             while self._diagnosis_due() or self.step < self.total_steps:
                 if self._diagnosis_due():  # also where a run was stopped right before it
+                    self._require_finite_state()
                     self._diagnose()
                     self.save()
                     if bar.disable and self.last:  # no terminal: a line an epoch for the log
@@ -145,6 +151,7 @@ class Pretraining:
             if due or self.step % LOG_EVERY == 0 or self.step % self.sampler.batches == 0:
                 self._log(bar, clock)
             if due:
+                self._require_finite_state()
                 self.save()
                 saved = time.monotonic()
             if stop.asked:
@@ -165,6 +172,7 @@ class Pretraining:
             self.config.clip_norm,
         )
         self.step += 1
+        self.batches.append((self.step, batch["index"]))
         record = {
             "stage": "pretrain",
             "epoch": math.ceil(self.step / self.sampler.batches),
@@ -264,6 +272,16 @@ class Pretraining:
             epoch = self.diagnostics["epoch"]
             tqdm.write("\n".join(f"epoch {epoch}: {text}" for text in warnings), file=sys.stderr)
 
+    def _require_finite_state(self) -> None:
+        """A gradient can overflow where its loss did not; what comes of it must not be saved."""
+        if not all_finite([self.model.state_dict(), self.optimizer.state_dict()]):
+            raise self._diverged("the weights are not finite", self.step)
+
+    def _diverged(self, what: str, step: int) -> UserError:
+        slices = dict(self.batches).get(step, torch.empty(0)).tolist()
+        written = self.checkpoint if self.checkpoint.is_file() else None
+        return diverged(what, step, slices, self.cache, written)
+
     def save(self) -> None:
         """Writes the full state; `restore` goes on from it bit for bit."""
         state = {
@@ -348,7 +366,10 @@ class Pretraining:
         )
 
     def _log(self, bar: tqdm, clock: StepClock) -> None:
-        records = self.metrics.flush(**clock.read())
+        try:
+            records = self.metrics.flush(**clock.read())
+        except NonFiniteLoss as error:
+            raise self._diverged(str(error), error.step) from error
         for record in records:
             self.losses = [self.losses[0] + record["loss_global"], self.losses[1] + 1]
         self.last = records[-1]
