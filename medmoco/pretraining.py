@@ -279,7 +279,7 @@ class Pretraining:
 
     def _diverged(self, what: str, step: int) -> UserError:
         slices = dict(self.batches).get(step, torch.empty(0)).tolist()
-        written = self.checkpoint if self.checkpoint.is_file() else None
+        written = self.checkpoints.path if self.checkpoints.exist() else None
         return diverged(what, step, slices, self.cache, written)
 
     def save(self) -> None:

@@ -8,7 +8,8 @@ import torch
 
 from medmoco.checkpoint import load_tensors
 
-DURATIONS = ("seconds", "per_second", "data_wait", "checkpoints")  # the last: what they cost
+# Parts of the names of what is each process's own: durations, and what it counts from its start.
+OWN = ("seconds", "per_second", "data_wait", "checkpoints")
 
 
 def differences(expected: Path, found: Path) -> list[str]:
@@ -49,16 +50,16 @@ def _same(one: Any, other: Any) -> bool:
 
 
 def _records(path: Path) -> list[Any]:
-    """The objects of a JSON or JSON-lines file, without durations."""
+    """The objects of a JSON or JSON-lines file, without what is a process's own."""
     text = path.read_text("utf-8")
     lines = text.splitlines() if path.suffix == ".jsonl" else [text]
-    return [_without_durations(json.loads(line)) for line in lines]
+    return [_comparable(json.loads(line)) for line in lines]
 
 
-def _without_durations(value: Any) -> Any:
+def _comparable(value: Any) -> Any:
     if isinstance(value, list):
-        return [_without_durations(item) for item in value]
+        return [_comparable(item) for item in value]
     if not isinstance(value, dict):
         return value
-    kept = {name: v for name, v in value.items() if not any(word in name for word in DURATIONS)}
-    return {name: _without_durations(v) for name, v in kept.items()}
+    kept = {name: v for name, v in value.items() if not any(own in name for own in OWN)}
+    return {name: _comparable(v) for name, v in kept.items()}
