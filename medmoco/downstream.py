@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Subset
 
+from medmoco.checkpoint import Checkpoints
 from medmoco.config import to_json
 from medmoco.data.slices import PixelGrid, SliceDataset
 from medmoco.data.splits import Split
@@ -21,6 +22,7 @@ from medmoco.data.store import SliceCache
 from medmoco.errors import UserError
 from medmoco.evaluation import evaluate
 from medmoco.finetune import finetune, start_from_frequencies
+from medmoco.finetune_course import load_begun, whole_epochs
 from medmoco.json_file import read_object
 from medmoco.labelled import class_pixels
 from medmoco.launch import choose_device, choose_workers
@@ -93,8 +95,10 @@ class Segmentation:
     ) -> dict[str, Any]:
         """Trains and tests one model, or reads the result that `output` holds of the same inputs.
 
-        Writes segmenters/<stage>-<initialisation>.pt and predictions/<stage>-<initialisation>/ (a
-        label map of each test case, result.json), adds to metrics.jsonl.
+        Fine-tuning goes on from the checkpoint that `output` holds of it; a linear decoder that was
+        not finished is fitted anew. Writes segmenters/<stage>-<initialisation>.pt and
+        predictions/<stage>-<initialisation>/ (a label map of each test case, result.json), adds to
+        metrics.jsonl.
 
         Args:
             stage: "linear", a linear decoder on a frozen encoder, or "finetune", of --decoder.
@@ -111,14 +115,26 @@ class Segmentation:
         identity = self.identity(encoder)
         weights = output / FOLDER / f"{name}.pt"
         finished = read_result(folder / "result.json", identity)
+        checkpoints = Checkpoints(output / "checkpoints" / f"{name}.pt", {"inputs": identity})
         if finished is not None and weights.is_file():
+            checkpoints.remove()
             print(f"{name}: finished before, {folder / 'result.json'}")
             return finished
-        started = time.monotonic()
-        train = {"linear": self._train_linear, "finetune": self._train_whole}[stage]
+        begun = load_begun(checkpoints)
+        started = time.monotonic() - (begun["seconds"] if begun else 0.0)
+        course = begun["course"] if begun else None
         metrics = MetricsLog(output / "metrics.jsonl", self.config.tensorboard)
-        metrics.forget_training(stage, initialisation)  # of an attempt that was cut short
-        progress = ProgressPlot(output, initialisation)
+        # Of an attempt that was cut short, what is now trained again.
+        metrics.forget_training(stage, initialisation, whole_epochs(course) if course else 0)
+        progress = ProgressPlot(output)
+
+        def save(state: dict[str, Any]) -> None:
+            metrics.sync()
+            checkpoints.save({"seconds": time.monotonic() - started, "course": state})
+
+        train: Callable[..., tuple[nn.Module, dict[str, Any]]] = self._train_linear
+        if stage == "finetune":
+            train = functools.partial(self._train_whole, begun=course, save=save)
         about_model = {"stage": stage, "encoder": initialisation}
         log = functools.partial(self._log, metrics, progress, about_model)
         with metrics, torch.random.fork_rng(devices=[]):
@@ -140,6 +156,7 @@ class Segmentation:
         )
         result |= about | {"seconds": round(time.monotonic() - started, 2)}
         write_json(folder / "result.json", {"identity": identity, "result": result})
+        checkpoints.remove()
         return result
 
     def _save(self, path: Path, model: nn.Module, decoder: str) -> None:
@@ -169,7 +186,12 @@ class Segmentation:
         return model, {"weight_decay": weight_decay}
 
     def _train_whole(
-        self, encoder: Encoder, pretrained: bool, log: Callable[..., None]
+        self,
+        encoder: Encoder,
+        pretrained: bool,
+        log: Callable[..., None],
+        begun: dict[str, Any] | None,
+        save: Callable[[dict[str, Any]], None],
     ) -> tuple[nn.Module, dict[str, Any]]:
         decoder = self.config.decoder
         stride = self.config.output_stride or default_stride(decoder, self.grid.size)
@@ -197,6 +219,8 @@ class Segmentation:
             class_weights=self._class_weights(pixels.sum(dim=0)),
             validation=Subset(self.dataset, self.validated) if self.validated else None,
             patience=self.config.patience,
+            begun=begun,
+            save=save,
         )
         about["missed"] = [self.cache.classes[c] for c in about["missed"]]
         if about["missed"]:

@@ -1,6 +1,7 @@
 """Fine-tuning: trains encoder and decoder on labelled slices, augmented on the device."""
 
 import math
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -10,12 +11,14 @@ from torch.nn import functional
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
+from medmoco.checkpoint import SECONDS as CHECKPOINT_SECONDS
 from medmoco.data.views import ViewConfig, change_intensities
 from medmoco.errors import UserError
+from medmoco.finetune_course import Course
 from medmoco.losses import dice_cross_entropy
 from medmoco.prediction import autocast
 from medmoco.sampling import ForegroundSampler
-from medmoco.signals import leave_stopping_to_the_trainer
+from medmoco.signals import Stopped, StopRequest, leave_stopping_to_the_trainer
 from medmoco.validation import BestWeights, dice_of, mean_dice, overlap, validate
 
 WEIGHT_DECAY = 1e-2
@@ -30,6 +33,7 @@ SHIFT = 0.1  # share of the canvas, either way
 Dice = list[float | None]  # of each class but the background
 # Epoch, step, loss, learning rate; Dice on the batches, and on the validation's slices.
 Log = Callable[[int, int, float, float, Dice, Dice | None], None]
+Save = Callable[[dict[str, Any]], None]
 
 
 def default_epochs(batches: int) -> int:
@@ -54,6 +58,8 @@ def finetune(
     class_weights: Tensor | None = None,
     validation: Dataset | None = None,
     patience: int | None = None,
+    begun: dict[str, Any] | None = None,
+    save: Save | None = None,
 ) -> dict[str, Any]:
     """Trains `model` in place and leaves it in eval mode.
 
@@ -76,12 +82,15 @@ def finetune(
         class_weights: (classes,) of the cross-entropy, see `dice_cross_entropy`.
         validation: slices with labels of other patients.
         patience: epochs without a better Dice on the validation before the training stops.
+        begun: a state that `save` was given, to go on from; all else has to be as it was then.
+        save: is given the state every ten minutes, at the end, and where a signal asks to stop.
 
     Returns:
         "missed": indices of the classes that the last epoch never found in the training slices.
         With a validation also "best_epoch", "epochs" trained, and "validation_dice" of the best.
 
     Raises:
+        Stopped: SIGTERM or SIGUSR1 asked for it.
         UserError: the loss is not finite.
     """
     generator = torch.Generator(device).manual_seed(seed)
@@ -93,6 +102,7 @@ def finetune(
         num_workers=workers,
         persistent_workers=workers > 0,
         worker_init_fn=leave_stopping_to_the_trainer,
+        generator=torch.Generator().manual_seed(seed),  # as in `make_loader`
     )
     epochs = epochs or default_epochs(len(batches))
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=WEIGHT_DECAY)
@@ -103,48 +113,98 @@ def finetune(
         class_weights = class_weights.to(device)
 
     best = BestWeights(patience)
+    course = Course(model, optimizer, rates, sampler, generator, best)
+    if begun is not None:
+        course.load(begun)
+    saved = time.monotonic()
+
+    def save_if(due: bool) -> None:
+        nonlocal saved
+        if due and save is not None:
+            mean_loss(course.losses, lr)
+            save(course.state())
+            saved = time.monotonic()
+
     model.train()
-    with tqdm(total=total, desc="finetune", unit="step", disable=None) as bar:
-        for epoch in range(1, epochs + 1):
-            losses, counts = [], []
+    done = course.steps(len(batches))
+    with (
+        StopRequest() as stop,
+        tqdm(total=total, initial=done, desc="finetune", unit="step", disable=None) as bar,
+    ):
+        while not course.finished:
+            course.resume_epoch(batch_size)
             for batch in batches:
-                image = batch["image"].to(device, non_blocking=True)
-                label = batch["label"].to(device, non_blocking=True)
-                image, label = augment(image, label, generator)
-                with autocast(device, amp_dtype):
-                    logits = model(image)
-                loss, _ = dice_cross_entropy(logits, label, class_weights=class_weights)
-                optimizer.zero_grad(set_to_none=True)
-                loss.backward()
-                nn.utils.clip_grad_norm_(model.parameters(), CLIP_NORM)
-                optimizer.step()
+                loss, counts = train_step(
+                    model, optimizer, batch, generator, amp_dtype, class_weights
+                )
                 rates.step()
-                losses.append(loss.detach())
-                counts.append(overlap(logits.detach(), label))
+                course.add(loss, counts)
                 bar.update()
-            mean_loss = torch.stack(losses).mean().item()
-            if not math.isfinite(mean_loss):
-                raise UserError(f"--lr {lr}: the loss of fine-tuning is {mean_loss}; lower it")
-            dice = dice_of(torch.stack(counts).sum(dim=0))
-            validated, stop = None, False
+                save_if(stop.asked or time.monotonic() - saved > CHECKPOINT_SECONDS)
+                if stop.asked:
+                    raise Stopped(f"saved step {course.steps(len(batches))} of {total}")
+            epoch, mean = course.epoch, mean_loss(course.losses, lr)
+            dice = dice_of(torch.stack(course.counts).sum(dim=0))
+            validated, last = None, epoch == epochs
             if validation is not None:
-                validated = validate(model, validation, batch_size, device, amp_dtype)
-                stop = best.add(epoch, mean_dice(validated), model)
-            tell(bar, epoch, epochs, {"loss": mean_loss, "dice": mean_dice(dice)}, validated)
-            rate = float(rates.get_last_lr()[0])
-            log(epoch, epoch * len(batches), mean_loss, rate, dice, validated)
-            if stop:
-                print(f"finetune: no better validation since epoch {best.epoch}: stopped")
-                break
+                try:
+                    validated = validate(model, validation, batch_size, device, amp_dtype, stop)
+                except Stopped:
+                    save_if(True)
+                    raise
+                last |= best.add(epoch, mean_dice(validated), model)
+            tell(bar, epoch, epochs, {"loss": mean, "dice": mean_dice(dice)}, validated)
+            log(epoch, epoch * len(batches), mean, float(rates.get_last_lr()[0]), dice, validated)
+            course.end_epoch(dice, finished=last)
+            save_if(last)
+        if stop.asked:  # after the last step
+            raise Stopped(f"saved step {course.steps(len(batches))} of {total}")
+    if course.epoch < epochs:
+        print(f"finetune: no better validation since epoch {best.epoch}: stopped")
     model.eval()
     shown_classes = shown.any(dim=0).tolist()
     about: dict[str, Any] = {
-        "missed": [c for c, found in enumerate(dice, start=1) if found == 0 and shown_classes[c]]
+        "missed": [c for c, f in enumerate(course.dice, start=1) if f == 0 and shown_classes[c]]
     }
     if validation is not None:
         best.restore(model)
-        about |= {"best_epoch": best.epoch, "epochs": epoch, "validation_dice": best.dice}
+        about |= {"best_epoch": best.epoch, "epochs": course.epoch, "validation_dice": best.dice}
     return about
+
+
+def train_step(
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    batch: dict[str, Tensor],
+    generator: torch.Generator,
+    amp_dtype: torch.dtype | None,
+    class_weights: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """A step of the optimizer on a batch, augmented; its loss () and its `overlap`."""
+    device = generator.device
+    image = batch["image"].to(device, non_blocking=True)
+    label = batch["label"].to(device, non_blocking=True)
+    image, label = augment(image, label, generator)
+    with autocast(device, amp_dtype):
+        logits = model(image)
+    loss, _ = dice_cross_entropy(logits, label, class_weights=class_weights)
+    optimizer.zero_grad(set_to_none=True)
+    loss.backward()
+    nn.utils.clip_grad_norm_(model.parameters(), CLIP_NORM)
+    optimizer.step()
+    return loss.detach(), overlap(logits.detach(), label)
+
+
+def mean_loss(losses: list[Tensor], lr: float) -> float:
+    """Of the batches of an epoch; waits for the device.
+
+    Raises:
+        UserError: it is not finite.
+    """
+    mean = torch.stack(losses).mean().item() if losses else 0.0
+    if not math.isfinite(mean):
+        raise UserError(f"--lr {lr}: the loss of fine-tuning is {mean}; lower it")
+    return mean
 
 
 def tell(

@@ -102,10 +102,15 @@ class MetricsLog:
             lambda record: record["step"] <= last.get(record["stage"], math.inf), run="pretrain"
         )
 
-    def forget_training(self, stage: str, encoder: str) -> None:
-        """Drops the records of a segmentation model that is trained anew."""
-        dropped = {"stage": stage, "encoder": encoder}
-        self._keep(lambda record: not dropped.items() <= record.items(), run=run_of(dropped))
+    def forget_training(self, stage: str, encoder: str, after: int = 0) -> None:
+        """Drops the records of a segmentation model that is trained anew after epoch `after`."""
+        model = {"stage": stage, "encoder": encoder}
+        self._keep(
+            lambda record: (
+                not model.items() <= record.items() or record.get("epoch", math.inf) <= after
+            ),
+            run=run_of(model),
+        )
 
     def _keep(self, wanted: Callable[[dict[str, Any]], bool], run: str) -> None:
         """Drops records of `run`. A line that was cut off by a kill is no record, and goes too."""

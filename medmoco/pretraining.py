@@ -31,7 +31,7 @@ from medmoco.models.encoder import save_encoder
 from medmoco.models.moco import recalibrate_batchnorm, train_step
 from medmoco.models.weights import read_weights
 from medmoco.models.whitening import map_whitening_state
-from medmoco.random_state import random_state, set_random_state
+from medmoco.random_state import random_state, resume_generator, set_random_state
 from medmoco.signals import Stopped, StopRequest
 
 if TYPE_CHECKING:
@@ -313,10 +313,7 @@ class Pretraining:
         self.diagnostics = state["diagnostics"]
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
-        if len(state["generator"]) == len(self.generator.get_state()):
-            self.generator.set_state(state["generator"])
-        else:  # of another kind of device, whose random numbers are of another kind too
-            self.generator.manual_seed(self.config.seed + self.step)
+        resume_generator(self.generator, state["generator"], self.config.seed + self.step)
         set_random_state(state["random"])
         self.metrics.forget_after(self.step, self.diagnostics["step"])
 

@@ -23,17 +23,13 @@ class ProgressPlot:
     """Redraws RUN/progress.png after an epoch, at most every few seconds and after the last one.
 
     Args:
-        output: folder of the run; of its metrics.jsonl come the curves of models trained before.
-        encoder: "pretrained" or "scratch", the model that is trained now.
+        output: folder of the run; of its metrics.jsonl come the curves of models trained before,
+            and what a resumed training has behind it.
     """
 
-    def __init__(self, output: Path, encoder: str):
+    def __init__(self, output: Path):
         self.path = output / PROGRESS_NAME
-        self.records = [
-            record
-            for record in _fine_tuning(output / "metrics.jsonl")
-            if record.get("encoder") != encoder
-        ]
+        self.records = _fine_tuning(output / "metrics.jsonl")
         self._drawn = -float("inf")
         self._added = False  # since the last drawing
 

@@ -44,3 +44,11 @@ def set_random_state(state: dict[str, Any]) -> None:
     )
     version, internal, gauss = state["python"]
     random.setstate((version, tuple(internal), gauss))
+
+
+def resume_generator(generator: torch.Generator, state: torch.Tensor, seed: int) -> None:
+    """Sets the state of a generator; one of another kind of device gives it `seed` instead."""
+    if len(state) == len(generator.get_state()):
+        generator.set_state(state)
+    else:
+        generator.manual_seed(seed)

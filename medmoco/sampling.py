@@ -22,11 +22,16 @@ class ForegroundSampler(torch.utils.data.Sampler[int]):
         shown: (slices, classes) bool, which classes a slice shows; the background is column 0.
         generator: of the order and of what is drawn.
 
+    Attributes:
+        first: items of an epoch that are left out, because they were seen before a break. Its order
+            is drawn all the same.
+
     [1] Isensee et al., 2021, doi:10.1038/s41592-020-01008-z.
     """
 
     def __init__(self, shown: Tensor, generator: torch.Generator):
         self.generator = generator
+        self.first = 0
         has_foreground = shown[:, 1:].any(dim=1)
         self.full = has_foreground.nonzero().squeeze(1)
         self.empty = (~has_foreground).nonzero().squeeze(1)
@@ -44,7 +49,8 @@ class ForegroundSampler(torch.utils.data.Sampler[int]):
             for slices, more in self.rare
         ]
         items = torch.cat([self.full, self.empty[drawn], *repeated])
-        yield from items[torch.randperm(len(items), generator=self.generator)].tolist()
+        order = torch.randperm(len(items), generator=self.generator)
+        yield from items[order][self.first :].tolist()
 
 
 def _rare_classes(shown: Tensor) -> list[tuple[Tensor, int]]:

@@ -208,7 +208,7 @@ def run_stages(segmentation: Segmentation, encoder: Encoder | None, output: Path
     """
     config = segmentation.config
     results: dict[str, Any] = {"linear": None, "finetune": None, "controls": {}}
-    with stopping_at_once("in segmentation; finished models are kept"):
+    with stopping_at_once("in segmentation; what is finished is kept"):
         for stage, control in CONTROLS.items():
             if config.mode not in (stage, "both"):
                 continue

@@ -3,6 +3,7 @@
 import copy
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -11,6 +12,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from medmoco.errors import UserError
 from medmoco.prediction import autocast
+from medmoco.signals import Stopped, StopRequest
 
 
 def hold_out(patients: Sequence[str], fraction: float, seed: int) -> tuple[list[int], list[int]]:
@@ -79,12 +81,21 @@ def validate(
     batch_size: int,
     device: torch.device,
     amp_dtype: torch.dtype | None,
+    stop: StopRequest | None = None,
 ) -> list[float | None]:
-    """`dice_of` all slices of a data set, in eval mode; the model goes back to its own mode."""
+    """`dice_of` all slices of a data set, in eval mode; the model goes back to its own mode.
+
+    Draws no random number.
+
+    Raises:
+        Stopped: `stop` was asked for meanwhile.
+    """
     training = model.training
     model.eval()
     counts: Tensor | None = None
-    for batch in DataLoader(dataset, batch_size):
+    for batch in DataLoader(dataset, batch_size, generator=torch.Generator()):
+        if stop is not None and stop.asked:
+            raise Stopped("stopped in a validation")
         with autocast(device, amp_dtype):
             logits = model(batch["image"].to(device))
         found = overlap(logits, batch["label"].to(device))
@@ -119,3 +130,10 @@ class BestWeights:
         """Gives the model the best weights, if any epoch had a Dice."""
         if self._weights:
             model.load_state_dict(self._weights)
+
+    def state(self) -> dict[str, Any]:
+        """Tensors and plain values, for `load`."""
+        return {"epoch": self.epoch, "dice": self.dice, "weights": self._weights}
+
+    def load(self, state: dict[str, Any]) -> None:
+        self.epoch, self.dice, self._weights = state["epoch"], state["dice"], state["weights"]

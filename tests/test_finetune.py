@@ -1,5 +1,6 @@
 import pytest
 import torch
+from labelled_slices import Slices
 
 from medmoco.errors import UserError
 from medmoco.finetune import (
@@ -55,29 +56,6 @@ def test_same_generator_state_gives_the_same_augmentation():
     image, label = torch.rand(2, 1, 16, 16), torch.ones(2, 16, 16, dtype=torch.int64)
     first, second = (augment(image, label, generator(3)) for _ in range(2))
     torch.testing.assert_close(first, second, rtol=0, atol=0)
-
-
-class Slices(torch.utils.data.Dataset):
-    """Noise with a dark square of class 1 and, in its corner, a bright dot of class 2."""
-
-    def __init__(self, count=8, size=32):
-        random = generator(count)
-        self.image = 0.5 + 0.1 * torch.rand(count, 1, size, size, generator=random)
-        self.label = torch.zeros(count, size, size, dtype=torch.int64)
-        self.label[:, 8:20, 8:20] = 1
-        self.label[:, 8:10, 8:10] = 2
-        self.image[:, 0, 8:20, 8:20] -= 0.4
-        self.image[:, 0, 8:10, 8:10] += 0.8
-        self.shown = torch.ones(count, 3, dtype=torch.bool)
-
-    def __len__(self):
-        return len(self.image)
-
-    def __getitem__(self, item):
-        return {"image": self.image[item], "label": self.label[item]}
-
-    def pixels(self):
-        return self.label.flatten().bincount()
 
 
 def network(classes=3):

@@ -41,6 +41,13 @@ def test_model_that_is_trained_anew_leaves_the_others_records(tmp_path):
     assert read(log) == others
 
 
+def test_model_that_goes_on_keeps_the_epochs_that_it_has_behind_it(tmp_path):
+    rows = [step(3 * n, "finetune", encoder="scratch", epoch=n) for n in (1, 2, 3)]
+    log = log_of(tmp_path, step(1), *rows)
+    log.forget_training("finetune", "scratch", after=2)
+    assert read(log) == [step(1), *rows[:2]]
+
+
 def test_without_a_file_there_is_nothing_to_forget(tmp_path):
     MetricsLog(tmp_path / "metrics.jsonl").forget_training("linear", "random")
     assert not list(tmp_path.iterdir())

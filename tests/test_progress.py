@@ -18,7 +18,7 @@ def record(epoch, encoder="scratch", **further):
 def test_picture_is_redrawn_only_after_some_seconds_and_at_the_end(tmp_path, monkeypatch):
     now = [0.0]
     monkeypatch.setattr(progress.time, "monotonic", lambda: now[0])
-    plot, path = ProgressPlot(tmp_path, "scratch"), tmp_path / "progress.png"
+    plot, path = ProgressPlot(tmp_path), tmp_path / "progress.png"
     plot.add(record(1))
     first = path.read_bytes()
     plot.add(record(2))
@@ -36,9 +36,9 @@ def test_picture_is_redrawn_only_after_some_seconds_and_at_the_end(tmp_path, mon
 
 
 def test_model_that_was_trained_before_stays_in_the_picture(tmp_path):
-    lines = [record(1, "pretrained"), record(1), {"stage": "pretrain", "epoch": 1, "loss": 7.0}]
+    lines = [record(1, "pretrained"), {"stage": "pretrain", "epoch": 1, "loss": 7.0}]
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    plot = ProgressPlot(tmp_path, "scratch")
+    plot = ProgressPlot(tmp_path)
     assert [row["encoder"] for row in plot.records] == ["pretrained"]
     plot.add(record(2))
     titles = [drawn.title for drawn in progress_plots(plot.records)]
@@ -53,11 +53,11 @@ def test_validation_is_what_the_lines_show_where_there_is_one(tmp_path):
 
 
 def test_nothing_is_drawn_of_nothing(tmp_path):
-    ProgressPlot(tmp_path, "scratch").draw()
+    ProgressPlot(tmp_path).draw()
     assert not any(tmp_path.iterdir())
 
 
 def test_names_of_classes_are_no_formulas(tmp_path):
-    plot = ProgressPlot(tmp_path, "scratch")
+    plot = ProgressPlot(tmp_path)
     plot.add(record(1, dice={r"a $\foo$": 0.5, "$x$ y": 0.4, "_hidden": 0.3}))
     assert (tmp_path / "progress.png").is_file()

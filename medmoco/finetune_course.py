@@ -1,0 +1,122 @@
+"""Where a fine-tuning stands: all that it needs to go on from any of its steps, bit for bit."""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from medmoco.checkpoint import AnotherRun, Checkpoints
+from medmoco.random_state import random_state, resume_generator, set_random_state
+from medmoco.sampling import ForegroundSampler
+from medmoco.validation import BestWeights
+
+
+class Course:
+    """The state of a fine-tuning.
+
+    Args:
+        model: on the device of the training.
+        optimizer: of its weights.
+        rates: of the optimizer.
+        sampler: of the order of the slices.
+        generator: of the augmentation.
+        best: of the validation.
+
+    Attributes:
+        epoch: that is under way, or the last one; from 1.
+        batch: batches of it that were trained on.
+        losses: of those batches, each ().
+        counts: of those batches, see `overlap`.
+        dice: of each class but the background on the batches of the last whole epoch.
+        finished: whether no further epoch follows.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        rates: torch.optim.lr_scheduler.LRScheduler,
+        sampler: ForegroundSampler,
+        generator: torch.Generator,
+        best: BestWeights,
+    ) -> None:
+        self.model, self.optimizer, self.rates = model, optimizer, rates
+        self.sampler, self.generator, self.best = sampler, generator, best
+        self._order = sampler.generator.get_state()  # when the epoch began
+        self.epoch, self.batch = 1, 0
+        self.losses: list[Tensor] = []
+        self.counts: list[Tensor] = []
+        self.dice: list[float | None] = []
+        self.finished = False
+
+    def resume_epoch(self, batch_size: int) -> None:
+        """Leaves out the slices that the epoch has shown; to be called before every epoch."""
+        self._order = self.sampler.generator.get_state()
+        self.sampler.first = self.batch * batch_size
+
+    def steps(self, batches: int) -> int:
+        """Taken since the beginning, of epochs of `batches` steps."""
+        return (self.epoch - 1) * batches + self.batch
+
+    def add(self, loss: Tensor, counts: Tensor) -> None:
+        """Takes what a batch gave."""
+        self.losses.append(loss)
+        self.counts.append(counts)
+        self.batch += 1
+
+    def end_epoch(self, dice: list[float | None], finished: bool) -> None:
+        self.dice, self.finished = dice, finished
+        if not finished:
+            self.epoch, self.batch = self.epoch + 1, 0
+            self.losses, self.counts = [], []
+            self._order = self.sampler.generator.get_state()
+
+    def state(self) -> dict[str, Any]:
+        """Tensors and plain values, for `load`."""
+        return {
+            "epoch": self.epoch,
+            "batch": self.batch,
+            "losses": torch.stack(self.losses) if self.batch else None,
+            "counts": torch.stack(self.counts) if self.batch else None,
+            "dice": self.dice,
+            "finished": self.finished,
+            "order": self._order,
+            "generator": self.generator.get_state(),
+            "model": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "rates": self.rates.state_dict(),
+            "best": self.best.state(),
+            "random": random_state(),
+        }
+
+    def load(self, state: dict[str, Any]) -> None:
+        """Goes on from a state; on another kind of device with other random numbers."""
+        device = self.generator.device
+        self.epoch, self.batch = state["epoch"], state["batch"]
+        if self.batch:
+            self.losses = list(state["losses"].to(device))
+            self.counts = list(state["counts"].to(device))
+        self.dice, self.finished = state["dice"], state["finished"]
+        self.sampler.generator.set_state(state["order"])
+        resume_generator(self.generator, state["generator"], self.epoch)
+        self.model.load_state_dict(state["model"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.rates.load_state_dict(state["rates"])
+        self.best.load(state["best"])
+        set_random_state(state["random"])
+
+
+def whole_epochs(state: dict[str, Any]) -> int:
+    """Epochs that a state has behind it, validation included."""
+    return state["epoch"] if state["finished"] else state["epoch"] - 1
+
+
+def load_begun(checkpoints: Checkpoints) -> dict[str, Any] | None:
+    """The "course" that a fine-tuning has behind it, and its "seconds"; None where it begins."""
+    try:
+        begun = checkpoints.load()
+    except AnotherRun:  # of other inputs: as their result, it is replaced
+        return None
+    if begun is not None:
+        print(f"{checkpoints.path.stem}: going on in epoch {begun['course']['epoch']}")
+    return begun
