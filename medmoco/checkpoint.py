@@ -5,19 +5,14 @@ import time
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from medmoco.errors import UserError
 from medmoco.output import save_torch
-from medmoco.seal import SealBroken, check_seal
+from medmoco.printing import brief
+from medmoco.tensor_file import DamagedFile, load_sealed, require_format
 
 FORMAT = "medmoco.checkpoint"
 VERSION = 2
 SECONDS = 600.0  # between two checkpoints within an epoch
-
-
-class DamagedFile(UserError):
-    """The file is not what was written."""
 
 
 class AnotherRun(UserError):
@@ -123,53 +118,18 @@ def load_checkpoint(path: Path, identity: dict[str, Any]) -> dict[str, Any]:
         AnotherRun: its identity (method, architecture, ...) is not `identity`.
         UserError: the file is no checkpoint of medmoco, or is of another version.
     """
-    content, sealed = _load(path)
-    if content.get("format") != FORMAT:
-        found = content.get("format", "no format entry")
-        raise UserError(f"{path}: expected a checkpoint of format {FORMAT!r}, got {found!r}")
-    if content.get("version") != VERSION:
-        raise UserError(f"{path}: expected version {VERSION}, got {content.get('version')!r}")
+    content, sealed = load_sealed(path)
+    require_format(path, content, "a checkpoint", FORMAT, VERSION)
     if not sealed:
         raise DamagedFile(f"{path}: expected a checkpoint that ends with its checksum, got none")
     if not isinstance(content.get("identity"), dict) or not isinstance(content.get("state"), dict):
-        raise UserError(f"{path}: expected the entries identity and state, got {sorted(content)}")
+        names = ", ".join(map(brief, content))
+        raise UserError(f"{path}: expected the objects identity and state, got {names[:200]}")
     for name, expected in identity.items():
         found = content["identity"].get(name)
-        if found != expected:
+        if type(found) is not type(expected) or found != expected:
             raise AnotherRun(
-                f"{path}: checkpoint of another run: expected {name} = {expected!r}, got {found!r}"
+                f"{path}: checkpoint of another run: expected {name} = {expected!r}, "
+                f"got {brief(found)}"
             )
     return content["state"]
-
-
-def load_tensors(path: Path) -> dict[str, Any]:
-    """A dictionary of tensors and plain values written by torch.save; never runs a pickle's code.
-
-    Raises:
-        DamagedFile: the file is damaged: it has a checksum that does not fit, or cannot be read.
-        UserError: the file is missing, or holds anything else.
-    """
-    return _load(path)[0]
-
-
-def _load(path: Path) -> tuple[dict[str, Any], bool]:
-    """What a file holds, and whether it has a checksum, which then fits."""
-    try:
-        with open(path, "rb") as file:
-            sealed = check_seal(file)
-            content = torch.load(file, map_location="cpu", weights_only=True)
-    except FileNotFoundError as error:
-        raise UserError(f"{path}: no such file") from error
-    except PermissionError as error:  # not damage: the one before is no better then
-        raise UserError(f"{path}: cannot be read: {error.strerror}") from error
-    except SealBroken as error:
-        raise DamagedFile(f"{path}: damaged: {error}") from error
-    except Exception as error:  # a damaged stream makes the unpickler raise whatever it meets
-        detail = str(error).strip().splitlines() or [type(error).__name__]
-        raise DamagedFile(
-            f"{path}: expected a file of tensors written by torch.save, cannot read it: {detail[0]}"
-        ) from error
-    if not isinstance(content, dict):
-        kind = type(content).__name__
-        raise UserError(f"{path}: expected a dictionary of tensors, got {kind}")
-    return content, sealed

@@ -13,7 +13,8 @@ from medmoco.data.inputs import Input
 from medmoco.data.nifti import VolumeError
 from medmoco.data.volumes import label_type, read_volume, stack_axes, write_label_map
 from medmoco.errors import UserError
-from medmoco.models.segmenter import MAX_CANVAS, Segmenter
+from medmoco.models.metadata import MAX_CANVAS
+from medmoco.models.segmenter import Segmenter
 from medmoco.prediction import Clock, Member, predict_stack
 from medmoco.probabilities import probability_file
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from medmoco.checkpoint import load_tensors
+from medmoco.tensor_file import load_tensors
 
 # Parts of the names of what is each process's own: durations, and what it counts from its start.
 OWN = ("seconds", "per_second", "data_wait", "checkpoints")

@@ -9,12 +9,11 @@ import torch
 from medmoco.checkpoint import (
     AnotherRun,
     Checkpoints,
-    DamagedFile,
     load_checkpoint,
-    load_tensors,
     save_checkpoint,
 )
 from medmoco.errors import UserError
+from medmoco.tensor_file import DamagedFile, load_tensors
 
 IDENTITY = {"method": "medmoco", "arch": "resnet18"}
 
@@ -50,7 +49,7 @@ def test_another_method_is_named(checkpoint):
 def test_another_version_is_named(checkpoint):
     content = torch.load(checkpoint, weights_only=True)
     torch.save({**content, "version": 99}, checkpoint)
-    with pytest.raises(UserError, match=r"last\.pt: expected version 2, got 99"):
+    with pytest.raises(UserError, match=r"last\.pt: expected version 2 of a checkpoint, got 99"):
         load_checkpoint(checkpoint, IDENTITY)
 
 
@@ -188,7 +187,7 @@ def test_one_that_may_not_be_read_is_no_reason_to_go_back(checkpoints, monkeypat
     def forbidden(*_):
         raise PermissionError(13, "Permission denied")
 
-    monkeypatch.setattr("medmoco.checkpoint.check_seal", forbidden)
+    monkeypatch.setattr("medmoco.tensor_file.check_seal", forbidden)
     with pytest.raises(UserError, match=r"last\.pt: cannot be read: Permission denied"):
         checkpoints.load()
 

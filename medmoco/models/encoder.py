@@ -1,7 +1,6 @@
 """ResNet encoders with torchvision's blocks and state_dict keys, and the file encoder.pt."""
 
 import copy
-import io
 import itertools
 from pathlib import Path
 from typing import Any
@@ -11,8 +10,10 @@ from torch import Tensor, nn
 from torchvision.models.resnet import BasicBlock, Bottleneck
 
 from medmoco.errors import UserError
+from medmoco.models.metadata import EXPECTED, require_entries
 from medmoco.output import save_torch
-from medmoco.seal import check_seal
+from medmoco.printing import brief
+from medmoco.tensor_file import load_tensors, require_format
 
 ARCHITECTURES: dict[str, tuple[type[BasicBlock | Bottleneck], tuple[int, int, int, int]]] = {
     "resnet18": (BasicBlock, (2, 2, 2, 2)),
@@ -213,8 +214,10 @@ def load_encoder(path: Path) -> tuple[Encoder, dict[str, Any]]:
     Raises:
         UserError: no such file, not an encoder of this version, or weights that do not fit.
     """
-    content = _read_content(Path(path))
+    content = load_tensors(Path(path))
+    require_format(path, content, "an encoder.pt", FORMAT, VERSION)
     try:
+        require_entries(content, EXPECTED)
         # On the meta device nothing is allocated before the file's tensors are seen to fit.
         with torch.device("meta"):
             settings = (content.pop(k) for k in ("arch", "width", "output_stride", "in_channels"))
@@ -250,37 +253,13 @@ def _set_geometry(conv: nn.Conv2d, stride: int, dilation: int) -> None:
     conv.padding = (dilation, dilation)
 
 
-def _read_content(path: Path) -> dict[str, Any]:
-    try:
-        data = path.read_bytes()
-    except OSError as error:
-        raise UserError(f"{path}: cannot read the encoder file: {error.strerror}") from error
-    try:
-        file = io.BytesIO(data)
-        check_seal(file)
-        content = torch.load(file, map_location="cpu", weights_only=True)
-    except Exception as error:  # a damaged or hostile file can raise anything
-        # PyTorch's own message advises to run the code in the file.
-        raise UserError(
-            f"{path}: expected an encoder.pt of medmoco, got a damaged file or one of another kind"
-        ) from error
-    if not isinstance(content, dict) or content.get("format") != FORMAT:
-        raise UserError(f"{path}: expected an encoder.pt of medmoco, got another kind of file")
-    if content.get("version") != VERSION:
-        raise UserError(
-            f"{path}: expected version {VERSION} of the encoder file, "
-            f"got {content.get('version')!r}"
-        )
-    return content
-
-
 def mismatch(expected: dict[str, Tensor], state: Any) -> str | None:
     """What keeps `state` from being loaded, in words, or None."""
     if not isinstance(state, dict):
         return f"expected a state_dict, got {type(state).__name__}"
     for words, names in (
         ("missing", [name for name in expected if name not in state]),
-        ("unexpected", [str(name) for name in state if name not in expected]),
+        ("unexpected", [brief(name) for name in state if name not in expected]),
     ):
         if names:
             shown = ", ".join(itertools.islice(names, 3))

@@ -1,6 +1,5 @@
 """A trained segmentation network with all that prediction needs, and its file."""
 
-import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -9,21 +8,23 @@ import torch
 from torch import nn
 
 import medmoco
-from medmoco.checkpoint import load_tensors
 from medmoco.data.slices import PixelGrid
 from medmoco.data.store import CacheSettings
 from medmoco.errors import UserError
 from medmoco.models.decoders import DECODERS
 from medmoco.models.encoder import Encoder, fold_whitening, mismatch
+from medmoco.models.metadata import require_entries
 from medmoco.models.whitening import MapWhitening, group_of
 from medmoco.output import save_torch
+from medmoco.printing import brief
+from medmoco.tensor_file import load_tensors, require_format
 
 FORMAT, VERSION = "medmoco.segmenter", 1
 FOLDER = "segmenters"  # in a run; which of its models is taken, the first that is there
 PREFERENCE = ("finetune-pretrained", "finetune-scratch", "linear-pretrained", "linear-random")
 MAX_CLASSES = 256  # a class index is a uint8
 MAX_VALUE = 65535  # of a label map
-MAX_CANVAS = 2**14  # pixels a side
+ENTRIES = ("image_size", "spacing", "modality", "slice_axis", "window", "channel")
 
 
 @dataclass(frozen=True)
@@ -102,17 +103,14 @@ def load_segmenter(path: Path) -> Segmenter:
     """
     path = Path(path)
     content = load_tensors(path)
-    if content.get("format") != FORMAT:
-        found = content.get("format", "no format entry")
-        raise UserError(f"{path}: expected a segmenter of format {FORMAT!r}, got {found!r}")
-    if content.get("version") != VERSION:
-        raise UserError(
-            f"{path}: expected version {VERSION} of the segmenter's file, "
-            f"got {content.get('version')!r}; predict with the medmoco that wrote it"
-        )
+    require_format(path, content, "a segmenter", FORMAT, VERSION)
     try:
         classes, values = _classes(content["classes"], content["values"])
-        grid, settings = _grid(content), _settings(content)
+        require_entries(content, ENTRIES)
+        grid = PixelGrid(content["image_size"], float(content["spacing"]))
+        modality, axis, channel = (content[k] for k in ("modality", "slice_axis", "channel"))
+        low, high = content["window"]
+        settings = CacheSettings(modality, axis, (float(low), float(high)), channel)
         # On the meta device nothing is allocated before the file's tensors are seen to fit.
         with torch.device("meta"):
             parts = (content[key] for key in ("arch", "width", "output_stride", "in_channels"))
@@ -174,36 +172,12 @@ def find_segmenters(path: Path) -> list[Path]:
 
 def _classes(names: Any, values: Any) -> tuple[tuple[str, ...], tuple[int, ...]]:
     if not _list_of(str, names) or not 2 <= len(set(names)) == len(names) <= MAX_CLASSES:
-        raise UserError(f"classes must be 2 to {MAX_CLASSES} different names, got {names!r}")
+        raise UserError(f"classes must be 2 to {MAX_CLASSES} different names, got {brief(names)}")
     if not _list_of(int, values) or len(set(values)) != len(names) or len(values) != len(names):
-        raise UserError(f"values must be {len(names)} different whole numbers, got {values!r}")
+        raise UserError(f"values must be {len(names)} different whole numbers, got {brief(values)}")
     if not 0 <= min(values) <= max(values) <= MAX_VALUE:
-        raise UserError(f"values must lie between 0 and {MAX_VALUE}, got {values!r}")
+        raise UserError(f"values must lie between 0 and {MAX_VALUE}, got {brief(values)}")
     return tuple(names), tuple(values)
-
-
-def _grid(content: dict[str, Any]) -> PixelGrid:
-    size, spacing = content["image_size"], content["spacing"]
-    if type(size) is not int or not 1 <= size <= MAX_CANVAS:
-        raise UserError(f"image_size must lie between 1 and {MAX_CANVAS}, got {size!r}")
-    if type(spacing) is not float or not 0 < spacing < math.inf:
-        raise UserError(f"spacing must be a number of mm above 0, got {spacing!r}")
-    return PixelGrid(size, spacing)
-
-
-def _settings(content: dict[str, Any]) -> CacheSettings:
-    modality, axis = content["modality"], content["slice_axis"]
-    window, channel = content["window"], content["channel"]
-    if modality not in ("ct", "mr"):
-        raise UserError(f"modality must be ct or mr, got {modality!r}")
-    if type(axis) is not int:
-        raise UserError(f"slice_axis must be 0, 1 or 2, got {axis!r}")
-    low, high = window
-    if not all(type(end) in (int, float) and math.isfinite(end) for end in (low, high)):
-        raise UserError(f"window must be two numbers of HU, got {window!r}")
-    if type(channel) is not int or channel < 0:
-        raise UserError(f"channel must be a whole number of at least 0, got {channel!r}")
-    return CacheSettings(modality, axis, (float(low), float(high)), channel)
 
 
 def _list_of(kind: type, value: Any) -> bool:

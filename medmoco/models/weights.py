@@ -14,9 +14,9 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from medmoco.checkpoint import load_tensors
 from medmoco.errors import UserError
 from medmoco.models.encoder import ARCHITECTURES, FORMAT, Encoder, load_encoder
+from medmoco.tensor_file import load_tensors
 
 Config = TypeVar("Config", bound=Any)  # a configuration with arch and width
 
@@ -126,14 +126,22 @@ def _find_resnet(path: Path, content: dict[str, Any]) -> tuple[str, dict[str, Te
     )
 
 
-def _tensors(content: Any, prefix: str = "", depth: int = 0) -> Iterator[tuple[str, Tensor]]:
-    """Names and tensors of nested dictionaries, the names joined by dots."""
+def _tensors(content: Any) -> Iterator[tuple[str, Tensor]]:
+    """Names and tensors of nested dictionaries, the names joined by dots; each dictionary once."""
+    seen: set[int] = set()
+    yield from _tensors_within(content, "", 0, seen)
+
+
+def _tensors_within(
+    content: Any, prefix: str, depth: int, seen: set[int]
+) -> Iterator[tuple[str, Tensor]]:
     if isinstance(content, Tensor):
         yield prefix.removesuffix("."), content
-    elif isinstance(content, dict) and depth < NESTED:
+    elif isinstance(content, dict) and depth < NESTED and id(content) not in seen:
+        seen.add(id(content))
         for name, value in content.items():
             if isinstance(name, str):
-                yield from _tensors(value, f"{prefix}{name}.", depth + 1)
+                yield from _tensors_within(value, f"{prefix}{name}.", depth + 1, seen)
 
 
 def _choose_architecture(
