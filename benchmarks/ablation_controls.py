@@ -73,7 +73,7 @@ class WhitenedEncoder(nn.Module):
 def blind_atlas(segmentation: Segmentation) -> dict[str, Any]:
     """At each place the label that the training volumes have there most often; no pixel is read."""
     cache, split = segmentation.cache, segmentation.split
-    numbers = {volume.case: number for number, volume in enumerate(cache.volumes)}
+    numbers = {case: number for number, case in enumerate(cache.volumes.names("case"))}
     classes = len(cache.classes)
     frequency = torch.zeros(1, classes, *ATLAS)
     for case in split.train:

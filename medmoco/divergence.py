@@ -46,8 +46,8 @@ def name_slices(slices: Sequence[int], cache: SliceCache) -> str:
     """The files that slices come from and their places there, counted from 0, at most 8 files."""
     places: dict[str, list[int]] = defaultdict(list)
     for index in slices:
-        path = cache.volumes[int(cache.slice_volume[index])].path
-        places[path].append(int(cache.slice_position[index]))
+        volume, position = cache.locate(index)
+        places[cache.volumes[int(volume)].path].append(int(position))
     named = [
         f"{path} ({'slice' if len(found) == 1 else 'slices'} {', '.join(map(str, sorted(found)))})"
         for path, found in sorted(places.items())

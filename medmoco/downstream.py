@@ -76,7 +76,8 @@ class Segmentation:
         self.amp_dtype = None if config.amp_dtype == "float32" else torch.bfloat16
         slices = cache.indices_of(split.train)
         self.dataset = SliceDataset(cache, slices, grid, with_labels=True)
-        self.patients = [cache.volumes[v].patient for v in cache.slice_volume[slices]]
+        patients = cache.volumes.names("patient")
+        self.patients = [patients[number] for number in cache.locate(slices)[0]]
         self.pixels = class_pixels(cache, slices, grid)
         self.trained, self.validated = hold_out(
             self.patients,

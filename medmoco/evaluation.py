@@ -43,7 +43,7 @@ def evaluate(
         The result of `DiceTable`.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    numbers = {volume.case: number for number, volume in enumerate(cache.volumes)}
+    numbers = {case: number for number, case in enumerate(cache.volumes.names("case"))}
     value_of = np.asarray(cache.values, label_type(cache.values))
     table = DiceTable(cache.classes)
     with tqdm(cases, desc="test", unit="volume", disable=None) as bar:

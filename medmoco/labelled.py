@@ -48,6 +48,7 @@ def open_slices(config: "SegmentConfig", task: Task, metadata: dict[str, Any]) -
         classes=task.classes,
         values=task.values,
         skip_bad=config.skip_bad,
+        workers=config.workers,
     )
 
 
@@ -78,7 +79,7 @@ def read_cases(config: "SegmentConfig") -> Task:
 
 def without_bad(split: Split, cache: SliceCache) -> Split:
     """The split without the cases that --skip-bad left out of the cache."""
-    good = {volume.case for volume in cache.volumes}
+    good = set(cache.volumes.names("case"))
     parts = {
         field.name: tuple(case for case in getattr(split, field.name) if case in good)
         for field in dataclasses.fields(split)
@@ -153,12 +154,13 @@ def class_pixels(cache: SliceCache, indices: np.ndarray, grid: PixelGrid) -> Ten
     """
     classes = len(cache.classes)
     pixels = np.zeros((len(indices), classes))
-    for number in np.unique(cache.slice_volume[indices]):
-        rows = np.flatnonzero(cache.slice_volume[indices] == number)
-        labels = np.asarray(cache.labels(number))[cache.slice_position[indices[rows]]]
+    volumes, positions = cache.locate(indices)
+    for number in np.unique(volumes):
+        rows = np.flatnonzero(volumes == number)
+        labels = np.asarray(cache.labels(number))[positions[rows]]
         offset = classes * np.arange(len(rows))[:, None, None]
         counts = np.bincount((labels + offset).ravel(), minlength=classes * len(rows))
-        area = math.prod(cache.volumes[number].spacing[1:]) / grid.spacing**2
+        area = math.prod(cache.volumes.spacing[number, 1:].tolist()) / grid.spacing**2
         pixels[rows] = area * counts.reshape(len(rows), classes)
     pixels[:, 0] = np.maximum(0, grid.size**2 - pixels[:, 1:].sum(axis=1))
     return torch.from_numpy(pixels)

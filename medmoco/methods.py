@@ -80,7 +80,7 @@ def resolve(config: Config, cache: SliceCache) -> Config:
     """
     config = apply_preset(config)
     learned, _ = hold_out_patients(cache, config.seed)
-    if config.same == "volume" and len(np.unique(cache.slice_volume[learned])) == 1:
+    if config.same == "volume" and len(np.unique(cache.locate(learned)[0])) == 1:
         raise UserError(
             "--same volume: expected two volumes or more to learn from, got one, whose slices have "
             "no negatives then; --same slice leaves them some"

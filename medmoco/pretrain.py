@@ -171,7 +171,9 @@ def open_slices(config: PretrainConfig, exclude: Iterable[str] = ()) -> SliceCac
         window=(config.window_low, config.window_high),
         channel=config.channel,
     )
-    return build_cache(sources, settings, config.cache, skip_bad=config.skip_bad)
+    return build_cache(
+        sources, settings, config.cache, skip_bad=config.skip_bad, workers=config.workers
+    )
 
 
 def with_init(config: Config) -> Config:

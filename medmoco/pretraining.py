@@ -80,8 +80,7 @@ class Pretraining:
         self.sampler = EpochSampler(len(learned), config.batch_size, config.seed)
         self.loader = make_loader(dataset, self.sampler, config.workers, self.device)
         self.held_out = DataLoader(SliceDataset(cache, held_out, self.grid), config.batch_size)
-        slice_volume = torch.from_numpy(cache.slice_volume.astype(np.int64))
-        self.slice_volume = slice_volume.to(self.device)
+        self.volume_ends = torch.from_numpy(cache.volumes.ends).to(self.device)
         self.optimizer = torch.optim.SGD(
             self.model.query.parameters(),
             lr=config.lr,
@@ -194,7 +193,7 @@ class Pretraining:
         """Keys of equal id are no negatives of each other; -1 is nobody's equal."""
         index = index.to(self.device, non_blocking=True)
         if self.config.same == "volume":
-            return self.slice_volume[index]
+            return torch.searchsorted(self.volume_ends, index, right=True)
         if self.config.same == "none":
             return torch.full_like(index, -1)
         return index
@@ -352,7 +351,7 @@ class Pretraining:
             "window": (config.window_low, config.window_high),
             "slice_axis": self.cache.axis,
             "whitening": map_whitening_state(self.model.query.whitening),
-            "patients": sorted({volume.patient for volume in self.cache.volumes}),
+            "patients": sorted(set(self.cache.volumes.names("patient"))),
         }
 
     # --- progress -----------------------------------------------------------------------------
@@ -399,7 +398,7 @@ class Pretraining:
 
 def oversampled(grid: PixelGrid, cache: SliceCache) -> PixelGrid:
     """The same field of view in finer pixels, as far as the volumes have them."""
-    finest = float(np.median([min(volume.spacing[1:]) for volume in cache.volumes]))
+    finest = float(np.median(cache.volumes.spacing[:, 1:].min(axis=1)))
     factor = min(max(grid.spacing / finest, 1.0), OVERSAMPLING)
     return PixelGrid(
         round(grid.size * factor), grid.spacing * grid.size / round(grid.size * factor)

@@ -305,7 +305,7 @@ def run_folds(config: SegmentConfig, encoder: Encoder | None, metadata: dict[str
     labelled = [label_share(task, s, config.label_fraction, config.seed) for s in splits]
     cache = open_slices(config, task, metadata)
     if cache.bad and config.split is None:  # folds of those that can be read
-        good = {volume.case for volume in cache.volumes}
+        good = set(cache.volumes.names("case"))
         task = dataclasses.replace(task, cases=tuple(c for c in task.cases if c.name in good))
         splits = split_folds(task, None, config.folds, config.seed)
         labelled = [label_share(task, s, config.label_fraction, config.seed) for s in splits]

@@ -8,6 +8,7 @@ from types import SimpleNamespace
 import nibabel
 import numpy as np
 
+from medmoco.data.table import VolumeEntry, VolumeTable
 from medmoco.data.volumes import from_stack
 from medmoco.report.cases import choose_cases, write_cases
 from medmoco.report.run_folder import MODEL_FOLDERS
@@ -104,7 +105,9 @@ def write_shown_cases(
         images.append((9000 + 12000.0 * truth + 4000 * (2 + wave)).astype(np.uint16))
         labels.append(truth)
     cache = SimpleNamespace(
-        volumes=[SimpleNamespace(case=c, shape=shape, spacing=(4.0, 1.0, 2.0)) for c in cases],
+        volumes=VolumeTable.of(
+            [VolumeEntry(c, c, "", shape, (4.0, 1.0, 2.0)) for c in cases], 0, 0
+        ),
         images=images.__getitem__,
         labels=labels.__getitem__,
         axis=2,

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from volume_files import OBLIQUE, as_stored, ramp, save_volume
 
-from medmoco.data import cache as cache_module
+from medmoco.data import build as build_module
 from medmoco.data.cache import CacheSettings, Source, build_cache
 from medmoco.data.sources import folder_sources, read_case_list, task_sources
 from medmoco.data.task import read_task
@@ -72,9 +72,10 @@ def test_window_of_ct_becomes_the_full_scale(tmp_path):
 def test_index_counts_slices_of_all_volumes(tmp_path):
     sources = [source(tmp_path, name, ramp((4, 4, n))) for name, n in (("a", 2), ("b", 3))]
     cache = build_cache(sources, MR, tmp_path / "cache")
-    assert cache.slice_volume.tolist() == [0, 0, 1, 1, 1]
-    assert cache.slice_position.tolist() == [0, 1, 0, 1, 2]
-    assert cache.slice_volume.dtype == cache.slice_position.dtype == np.int32
+    volumes, positions = cache.locate(np.arange(5))
+    assert volumes.tolist() == [0, 0, 1, 1, 1]
+    assert positions.tolist() == [0, 1, 0, 1, 2]
+    assert len(cache) == 5
     assert cache.indices_of(["b"]).tolist() == [2, 3, 4]
     assert cache.indices_of(["b"]).dtype == np.int64
     assert cache.indices_of([]).tolist() == []
@@ -247,7 +248,7 @@ def test_rounding_of_the_affine_is_no_mismatch(tmp_path):
 
 def test_full_disk_is_an_error_before_anything_is_written(tmp_path, monkeypatch):
     usage = type("Usage", (), {"free": 10})
-    monkeypatch.setattr(cache_module.shutil, "disk_usage", lambda _: usage)
+    monkeypatch.setattr(build_module.shutil, "disk_usage", lambda _: usage)
     with pytest.raises(UserError, match=r"the slice cache needs .* GiB of disk, 0\.0 GiB are free"):
         build_cache([source(tmp_path, "a")], MR, tmp_path / "cache")
 
@@ -264,7 +265,7 @@ def test_root_that_cannot_be_a_folder_is_named(tmp_path):
 def test_second_start_opens_without_reading_volumes(tmp_path, monkeypatch, capsys):
     sources = [labelled(tmp_path, name) for name in "ab"]
     first = build_cache(sources, MR, tmp_path / "cache", **LABELS)
-    monkeypatch.setattr(cache_module, "read_volume", None)
+    monkeypatch.setattr(build_module, "read_volume", None)
     second = build_cache(sources, MR, tmp_path / "cache", **LABELS)
     assert second.directory == first.directory
     assert second.volumes == first.volumes
@@ -304,41 +305,44 @@ def test_change_in_the_middle_of_a_large_uncompressed_file_is_noticed(tmp_path):
 def test_damaged_cache_is_built_again(tmp_path, capsys):
     item = source(tmp_path, "a")
     cache = build_cache([item], MR, tmp_path / "cache")
-    images = cache.directory / "images.u16"
+    images = cache.directory / "images-00000.u16"
     images.write_bytes(images.read_bytes()[:-4])
     again = build_cache([item], MR, tmp_path / "cache")
     assert again.images(0).shape == (6, 5, 4)
     assert "is damaged, it is built again" in capsys.readouterr().out
 
 
-def test_index_is_plain_json_with_one_entry_a_volume(tmp_path):
-    cache = build_cache([source(tmp_path, "a")], MR, tmp_path / "cache")
+def test_files_are_plain_json_a_table_and_shards(tmp_path):
+    cache = build_cache([labelled(tmp_path, "a")], MR, tmp_path / "cache", **LABELS)
     index = json.loads((cache.directory / "index.json").read_text())
-    assert len(index["volumes"]) == 1
-    assert sorted(path.name for path in cache.directory.iterdir()) == ["images.u16", "index.json"]
+    assert index["shards"] == [4 * 5 * 6]
+    assert len(np.load(cache.directory / "volumes.npy")) == 1
+    names = ["images-00000.u16", "index.json", "labels-00000.u8", "volumes.npy"]
+    assert sorted(path.name for path in cache.directory.iterdir()) == names
 
 
-def test_interrupted_build_leaves_no_cache(tmp_path, monkeypatch):
+def test_interrupted_build_leaves_no_cache_but_where_to_go_on(tmp_path, monkeypatch):
     def interrupt(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(cache_module, "_entry", interrupt)
+    monkeypatch.setattr(build_module, "_entry", interrupt)
     with pytest.raises(KeyboardInterrupt):
         build_cache([source(tmp_path, "a")], MR, tmp_path / "cache")
-    assert published(tmp_path / "cache") == []
+    (partial,) = published(tmp_path / "cache")
+    assert partial.name.endswith(".partial")
 
 
 BUILD = """
 import sys, time
 from pathlib import Path
-from medmoco.data import cache
+from medmoco.data import build, cache
 folder, pause = Path(sys.argv[1]), float(sys.argv[2])
-convert = cache._convert_image
+convert = build._convert_image
 def slowly(*arguments):
     (folder / "started").touch()
     time.sleep(pause)
     return convert(*arguments)
-cache._convert_image = slowly
+build._convert_image = slowly
 sources = [cache.Source("a", "a", folder / "a.nii.gz")]
 cache.build_cache(sources, cache.CacheSettings(modality="mr"), folder / "cache")
 """

@@ -4,7 +4,6 @@ import json
 import math
 from types import SimpleNamespace
 
-import numpy as np
 import pytest
 import torch
 
@@ -12,6 +11,7 @@ from medmoco import pretrain
 from medmoco.command import run_command
 from medmoco.config import read_config
 from medmoco.data.stream import EpochSampler, hold_out_patients
+from medmoco.data.table import VolumeEntry, VolumeTable
 from medmoco.divergence import all_finite, name_slices
 from medmoco.models.weights import read_weights
 from medmoco.pretrain import PretrainConfig
@@ -66,11 +66,12 @@ def test_step_files_of_its_batch_and_the_last_good_checkpoint_are_named(
 
 
 def test_of_a_large_batch_eight_files_are_named_each_with_its_slices():
-    volumes = [SimpleNamespace(path=f"/data/{name}.nii.gz") for name in "abcdefghij"]
-    numbers = np.repeat(np.arange(10), 2)
-    cache = SimpleNamespace(
-        volumes=volumes, slice_volume=numbers, slice_position=np.tile([0, 1], 10)
-    )
+    entries = [
+        VolumeEntry(name, name, f"/data/{name}.nii.gz", (2, 8, 8), (1.0, 1.0, 1.0))
+        for name in "abcdefghij"
+    ]
+    table = VolumeTable.of(entries, 0, 0)
+    cache = SimpleNamespace(volumes=table, locate=table.locate)
     assert name_slices([1, 2, 0], cache) == "/data/a.nii.gz (slices 0, 1), /data/b.nii.gz (slice 0)"
     named = name_slices(range(20), cache)
     assert named.count(".nii.gz") == 8 and named.endswith(" and 2 more files")

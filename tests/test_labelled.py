@@ -44,7 +44,7 @@ def test_pixels_of_the_classes_are_those_of_the_canvases(tiny_task, tmp_path):
     assert pixels.shape == (len(dataset), len(cache.classes))
     np.testing.assert_allclose(pixels.sum(dim=1), segmentation.grid.size**2)
     for item, index in enumerate(dataset.indices):
-        labels = cache.labels(cache.slice_volume[index])[cache.slice_position[index]]
+        labels = cache.label(*cache.locate(index))
         shown = set(np.flatnonzero(pixels[item] > 0).tolist())
         assert shown == set(np.unique(labels).tolist()) | {0}
     labels = np.stack([item["label"] for item in dataset])

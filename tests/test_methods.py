@@ -2,11 +2,11 @@
 
 from types import SimpleNamespace
 
-import numpy as np
 import pytest
 import torch
 from torch.nn import functional
 
+from medmoco.data.table import VolumeEntry, VolumeTable
 from medmoco.errors import UserError
 from medmoco.methods import apply_data_defaults, apply_preset, build_model, resolve
 from medmoco.models.encoder import Encoder
@@ -55,10 +55,10 @@ def test_the_gradient_is_limited_where_features_are_whitened_exactly():
 def cache_of(volumes: int, sides: tuple[int, int] = (32, 32)) -> SimpleNamespace:
     """As much of a cache as the flags depend on: volumes of 80 slices, each of another patient."""
     entries = [
-        SimpleNamespace(patient=str(v), shape=(80, *sides), spacing=(4.0, 2.0, 2.0))
-        for v in range(volumes)
+        VolumeEntry(str(v), str(v), "", (80, *sides), (4.0, 2.0, 2.0)) for v in range(volumes)
     ]
-    return SimpleNamespace(volumes=entries, slice_volume=np.repeat(np.arange(volumes), 80))
+    table = VolumeTable.of(entries, 0, 0)
+    return SimpleNamespace(volumes=table, locate=table.locate)
 
 
 @pytest.mark.parametrize("volumes", [1, 2])  # of two, one is held out for the diagnostics

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from run_folders import NASTY_CASE, make_run, write_shown_cases
 
+from medmoco.data.table import VolumeTable
 from medmoco.errors import UserError
 from medmoco.report import masks, read_run, write_report
 from medmoco.report.cases import (
@@ -101,7 +102,7 @@ def test_a_run_without_results_or_of_an_older_version_has_no_viewer(tmp_path):
     assert "viewer" in re.search(r"Nothing was recorded for: ([^.]*)", page)[1]
     assert "<script" not in page and "script-src" not in page
     results = {"linear": None, "finetune": None, "controls": {}}
-    write_cases(folder, SimpleNamespace(volumes=()), results)
+    write_cases(folder, SimpleNamespace(volumes=VolumeTable.of([], 0, 0)), results)
     assert not (folder / CASES_NAME).exists()
 
 

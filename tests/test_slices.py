@@ -14,6 +14,7 @@ from medmoco.data.slices import (
     fit_stack,
     unfit,
 )
+from medmoco.data.table import VolumeEntry, VolumeTable
 from medmoco.data.task import read_task
 
 
@@ -26,9 +27,8 @@ def cache(tiny_task, tmp_path_factory):
 
 
 def volumes(*entries):
-    return SimpleNamespace(
-        volumes=[SimpleNamespace(shape=shape, spacing=spacing) for shape, spacing in entries]
-    )
+    table = [VolumeEntry("", "", "", shape, spacing) for shape, spacing in entries]
+    return SimpleNamespace(volumes=VolumeTable.of(table, 0, 0))
 
 
 def disc(size: int, radius: float) -> np.ndarray:

@@ -11,15 +11,19 @@ import pytest
 import torch
 
 from medmoco.data.stream import EpochSampler, ResidentLoader, hold_out_patients, make_loader
+from medmoco.data.table import VolumeEntry, VolumeTable
 
 
 def cache_of(slices_per_volume: list[int], volumes_a_patient: int = 1) -> SimpleNamespace:
-    volumes = [
-        SimpleNamespace(patient=f"patient{i // volumes_a_patient:03}", shape=(n, 8, 8))
+    entries = [
+        VolumeEntry(str(i), f"patient{i // volumes_a_patient:03}", "", (n, 8, 8), (1.0, 1.0, 1.0))
         for i, n in enumerate(slices_per_volume)
     ]
-    owner = np.repeat(np.arange(len(volumes)), slices_per_volume)
-    return SimpleNamespace(volumes=volumes, slice_volume=owner)
+    return SimpleNamespace(volumes=VolumeTable.of(entries, 0, 0))
+
+
+def patients_of(cache: SimpleNamespace, slices: np.ndarray) -> set[str]:
+    return {cache.volumes[v].patient for v in np.unique(cache.volumes.locate(slices)[0])}
 
 
 def test_an_epoch_shows_every_slice_once_up_to_the_last_batch():
@@ -60,19 +64,16 @@ def test_starting_in_the_middle_gives_the_rest_of_the_epoch():
 def test_a_tenth_or_256_slices_are_held_out(volumes, held_patients):
     cache = cache_of(volumes)
     learned, held = hold_out_patients(cache, seed=0)
-    patients = {cache.volumes[v].patient for v in cache.slice_volume[held]}
+    patients = patients_of(cache, held)
     assert len(patients) == held_patients
-    assert not patients & {cache.volumes[v].patient for v in cache.slice_volume[learned]}
+    assert not patients & patients_of(cache, learned)
     assert len(learned) + len(held) == sum(volumes)
 
 
 def test_all_volumes_of_a_patient_stay_together():
     cache = cache_of([10] * 40, volumes_a_patient=4)
     learned, held = hold_out_patients(cache, seed=1)
-    owners = [
-        {cache.volumes[v].patient for v in cache.slice_volume[part]} for part in (learned, held)
-    ]
-    assert not owners[0] & owners[1]
+    assert not patients_of(cache, learned) & patients_of(cache, held)
 
 
 def test_many_held_out_slices_are_thinned_evenly():

@@ -3,6 +3,7 @@
 import json
 import os
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import astuple
 from hashlib import blake2b
 from pathlib import Path
@@ -10,7 +11,8 @@ from pathlib import Path
 from medmoco.data.sources import Source
 from medmoco.data.store import CacheSettings
 
-VERSION = 1  # of the cache's files and of the conversion
+VERSION = 2  # of the cache's files and of the conversion
+READERS = 16  # threads; they wait for the disk
 EDGE_BYTES = 64 << 10  # of each end of a file; a .gz ends with CRC and length
 
 
@@ -26,13 +28,17 @@ def cache_key(
     digest.update(json.dumps(described).encode())
     for source in sources:
         digest.update(json.dumps([source.case, source.patient]).encode())
-        for path in (source.image, source.label):
-            digest.update(_fingerprint(path) if path else b"no label")
+    paths = [path for source in sources for path in (source.image, source.label)]
+    with ThreadPoolExecutor(READERS) as pool:
+        for fingerprint in pool.map(_fingerprint, paths):
+            digest.update(fingerprint)
     return digest.hexdigest()
 
 
-def _fingerprint(path: Path) -> bytes:
+def _fingerprint(path: Path | None) -> bytes:
     """Path, size, both ends; also the time of a file that is not compressed: it has no checksum."""
+    if path is None:
+        return b"no label"
     name = os.fsencode(os.path.abspath(path))
     try:
         with open(path, "rb") as file:

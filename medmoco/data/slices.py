@@ -43,7 +43,7 @@ def choose_grid(cache: SliceCache, image_size: int, spacing: float | None = None
     """
     if spacing is not None:
         return PixelGrid(image_size, float(spacing))
-    median = float(np.median([volume.spacing[1:] for volume in cache.volumes]))
+    median = float(np.median(cache.volumes.spacing[:, 1:]))
     return PixelGrid(image_size, max(median, _longest(cache) / image_size))
 
 
@@ -55,11 +55,7 @@ def holding_all(cache: SliceCache, spacing: float) -> int:
 
 def _longest(cache: SliceCache) -> float:
     """Millimetres of the longest side of a slice."""
-    return max(
-        count * step
-        for volume in cache.volumes
-        for count, step in zip(volume.shape[1:], volume.spacing[1:], strict=True)
-    )
+    return float((cache.volumes.shape[:, 1:] * cache.volumes.spacing[:, 1:]).max())
 
 
 def fit_slice(array: np.ndarray, spacing: tuple[float, float], grid: PixelGrid) -> np.ndarray:
@@ -150,7 +146,7 @@ class SliceDataset(Dataset[dict[str, Any]]):
         self, cache: SliceCache, indices: np.ndarray, grid: PixelGrid, with_labels: bool = False
     ):
         self.cache = cache
-        self.indices = np.asarray(indices, np.int64)
+        self.indices = np.asarray(indices, number_type(len(cache)))
         self.grid = grid
         self.with_labels = with_labels
 
@@ -159,21 +155,26 @@ class SliceDataset(Dataset[dict[str, Any]]):
 
     def __getitem__(self, item: int) -> dict[str, Any]:
         index = int(self.indices[item])
-        number = int(self.cache.slice_volume[index])
-        position = int(self.cache.slice_position[index])
-        volume = self.cache.volumes[number]
-        spacing = volume.spacing[1:]
-        pixels = self.cache.images(number)[position].astype(np.float32) / FULL_SCALE
-        rows, columns = self.grid.content(volume.shape[1:], spacing)
+        number, position = (int(part) for part in self.cache.locate(index))
+        row, column = self.cache.volumes.spacing[number, 1:].tolist()
+        spacing = (row, column)
+        stored = self.cache.image(number, position)
+        pixels = stored.astype(np.float32) / FULL_SCALE
+        rows, columns = self.grid.content(stored.shape, spacing)
         sample = {
             "image": torch.from_numpy(fit_slice(pixels, spacing, self.grid))[None],
             "extent": torch.tensor([rows, columns]).clamp(max=self.grid.size).float(),
             "index": torch.tensor(index),
         }
         if self.with_labels:
-            classes = fit_slice(self.cache.labels(number)[position], spacing, self.grid)
+            classes = fit_slice(self.cache.label(number, position), spacing, self.grid)
             sample["label"] = torch.from_numpy(classes.astype(np.int64))
         return sample
+
+
+def number_type(count: int) -> type[np.integer]:
+    """Of the numbers of so many slices: 4 bytes where they suffice, for there may be very many."""
+    return np.int32 if count <= 2**31 else np.int64
 
 
 def _resample(array: np.ndarray, shape: tuple[int, int]) -> np.ndarray:

@@ -1,18 +1,20 @@
-"""The opened slice cache: memory-mapped stacks and an index of volumes, patients and slices."""
+"""The opened slice cache: stacks in shards, and a table of their volumes."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
-from math import prod
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
+from medmoco.data.shards import Shards
+from medmoco.data.table import VolumeTable
 from medmoco.data.volumes import BadFile
 from medmoco.errors import UserError
 
 FULL_SCALE = 65535  # the pixel value that stands for 1
-INDEX_NAME, IMAGES_NAME, LABELS_NAME = "index.json", "images.u16", "labels.u8"
+INDEX_NAME, TABLE_NAME = "index.json", "volumes.npy"
 
 
 @dataclass(frozen=True)
@@ -41,19 +43,10 @@ class CacheSettings:
             raise UserError(f"window: expected two rising numbers of HU, got {low:g} to {high:g}")
 
 
-@dataclass(frozen=True)
-class VolumeEntry:
-    """One cached volume: stack shape (n, h, w), spacing in mm (between slices, rows, columns)."""
-
-    case: str
-    patient: str
-    path: str
-    shape: tuple[int, int, int]
-    spacing: tuple[float, float, float]
-
-
 class SliceCache:
     """An opened cache; `len` counts slices.
+
+    What it holds in memory grows with the volumes, by some bytes each, and not with the slices.
 
     Attributes:
         directory: where it lies.
@@ -61,8 +54,6 @@ class SliceCache:
         volumes: one entry a volume, in the order of the sources.
         bad: files that were left out.
         classes, values: of the labels; empty without labels. Labels are stored as class indices.
-        slice_volume: (slices,) int32, the volume of each slice.
-        slice_position: (slices,) int32, its place in the volume's stack.
     """
 
     def __init__(self, directory: Path):
@@ -70,34 +61,23 @@ class SliceCache:
         index = json.loads((self.directory / INDEX_NAME).read_text(encoding="utf-8"))
         settings = index["settings"] | {"window": tuple(index["settings"]["window"])}
         self.settings = CacheSettings(**settings)
-        self.volumes = tuple(
-            VolumeEntry(
-                **entry | {"shape": tuple(entry["shape"]), "spacing": tuple(entry["spacing"])}
-            )
-            for entry in index["volumes"]
-        )
         self.bad = tuple(BadFile(**entry) for entry in index["bad"])
         self.classes: tuple[str, ...] = tuple(index["classes"])
         self.values: tuple[int, ...] = tuple(index["values"])
-        counts = np.array([volume.shape[0] for volume in self.volumes])
-        self.slice_volume = np.repeat(np.arange(len(counts), dtype=np.int32), counts)
-        first = np.repeat(np.cumsum(counts) - counts, counts)
-        self.slice_position = (np.arange(len(first)) - first).astype(np.int32)
-        self._starts = np.cumsum([0, *(prod(volume.shape) for volume in self.volumes)])
-        self._images = self._map(IMAGES_NAME, np.uint16)
-        self._labels = self._map(LABELS_NAME, np.uint8) if self.classes else None
-
-    def _map(self, name: str, kind: type) -> np.memmap:
-        voxels = np.memmap(self.directory / name, kind, mode="r")
-        if len(voxels) != self._starts[-1]:
-            raise ValueError(f"{name} holds {len(voxels)} voxels, the index {self._starts[-1]}")
-        return voxels
+        self.volumes = VolumeTable.load(self.directory / TABLE_NAME)
+        self._images = image_shards(self.directory, index["shards"])
+        self._labels = label_shards(self.directory, index["shards"]) if self.classes else None
+        for shards in filter(None, (self._images, self._labels)):
+            shards.check()
+        ends = self.volumes.start + self.volumes.shape.prod(axis=1)
+        if (ends > np.asarray(index["shards"])[self.volumes.shard]).any():
+            raise ValueError(f"{TABLE_NAME} and {INDEX_NAME} are of two caches")
 
     def __len__(self) -> int:
-        return len(self.slice_volume)
+        return self.volumes.slices
 
     def __reduce__(self) -> tuple[type, tuple[Path]]:
-        """Workers open the maps again rather than receive their content."""
+        """Workers open the files again rather than receive their content."""
         return SliceCache, (self.directory,)
 
     @property
@@ -109,22 +89,58 @@ class SliceCache:
         assert self.settings.slice_axis is not None  # the builder has chosen one
         return self.settings.slice_axis
 
+    def locate(self, index: Any) -> tuple[Any, Any]:
+        """Volume and position in its stack of a slice's number, or of an array of them."""
+        return self.volumes.locate(index)
+
+    def image(self, volume: int, position: int) -> np.ndarray:
+        """(h, w) uint16, a copy of one slice: 0 to 65535 is the clipped window.
+
+        Raises:
+            UserError: the cache was damaged since it was opened.
+        """
+        return self._slice(self._images, volume, position)
+
+    def label(self, volume: int, position: int) -> np.ndarray:
+        """(h, w) uint8 class indices, a copy of one slice; raises as `image`."""
+        return self._slice(self._labelled(), volume, position)
+
     def images(self, volume: int) -> np.ndarray:
-        """(n, h, w) uint16, memory-mapped: 0 to 65535 is the clipped window."""
+        """(n, h, w) uint16, memory-mapped as long as the array lives."""
         return self._stack(self._images, volume)
 
     def labels(self, volume: int) -> np.ndarray:
-        """(n, h, w) uint8 class indices, memory-mapped."""
+        """(n, h, w) uint8 class indices, memory-mapped as long as the array lives."""
+        return self._stack(self._labelled(), volume)
+
+    def _labelled(self) -> Shards:
         if self._labels is None:
             raise ValueError(f"{self.directory} was built without labels")
-        return self._stack(self._labels, volume)
+        return self._labels
 
-    def _stack(self, voxels: np.memmap, volume: int) -> np.ndarray:
-        part = voxels[self._starts[volume] : self._starts[volume + 1]]
-        return part.reshape(self.volumes[volume].shape)
+    def _slice(self, shards: Shards, volume: int, position: int) -> np.ndarray:
+        n, h, w = self.volumes.shape[volume].tolist()
+        if not 0 <= position < n:
+            raise IndexError(f"expected a position below {n}, got {position}")
+        start = int(self.volumes.start[volume]) + position * h * w
+        return shards.read(int(self.volumes.shard[volume]), start, (h, w))
 
-    def indices_of(self, cases: Sequence[str]) -> np.ndarray:
+    def _stack(self, shards: Shards, volume: int) -> np.ndarray:
+        shard, start = int(self.volumes.shard[volume]), int(self.volumes.start[volume])
+        return shards.map(shard, start, tuple(self.volumes.shape[volume].tolist()))
+
+    def indices_of(self, cases: Collection[str]) -> np.ndarray:
         """(slices,) int64: the slices of these cases in the cache's order."""
         wanted = set(cases)
-        chosen = np.array([volume.case in wanted for volume in self.volumes])
-        return np.flatnonzero(chosen[self.slice_volume])
+        chosen = np.array([case in wanted for case in self.volumes.names("case")], bool)
+        return self.volumes.slices_where(chosen)
+
+
+def image_shards(folder: Path, sizes: Sequence[int]) -> Shards:
+    """Those of a cache in this folder, with so many voxels each."""
+    return Shards(folder, "images", np.uint16, sizes)
+
+
+def label_shards(folder: Path, sizes: Sequence[int]) -> Shards:
+    """As `image_shards`."""
+    return Shards(folder, "labels", np.uint8, sizes)

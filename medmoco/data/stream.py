@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Sampler
 from tqdm import tqdm
 
-from medmoco.data.slices import SliceDataset
+from medmoco.data.slices import SliceDataset, number_type
 from medmoco.data.store import SliceCache
 from medmoco.signals import leave_stopping_to_the_trainer
 
@@ -41,7 +41,8 @@ class EpochSampler(Sampler[list[int]]):
         self.epoch, self.first_batch = epoch, first_batch
 
     def __iter__(self) -> Iterator[list[int]]:
-        order = np.random.default_rng((self.seed, self.epoch)).permutation(self.length)
+        numbers = np.arange(self.length, dtype=number_type(self.length))
+        order = np.random.default_rng((self.seed, self.epoch)).permutation(numbers)
         for batch in range(self.first_batch, self.batches):
             yield order[batch * self.batch_size : (batch + 1) * self.batch_size].tolist()
 
@@ -114,16 +115,17 @@ def hold_out_patients(cache: SliceCache, seed: int) -> tuple[np.ndarray, np.ndar
     more samples than dimensions; but at least one and at most a quarter of them. Of their slices at
     most 4096 are used, evenly spaced. A single patient serves both ends.
     """
+    patients = cache.volumes.names("patient")
     slices_of: Counter[str] = Counter()
-    for volume in cache.volumes:
-        slices_of[volume.patient] += volume.shape[0]
+    for patient, slices in zip(patients, cache.volumes.shape[:, 0].tolist(), strict=True):
+        slices_of[patient] += slices
     shuffled = np.random.default_rng(seed).permutation(sorted(slices_of))
     reached = np.cumsum([slices_of[patient] for patient in shuffled])
     enough = int(np.searchsorted(reached, MIN_HELD_OUT_SLICES)) + 1
     count = max(math.ceil(0.1 * len(shuffled)), min(enough, len(shuffled) // 4))
     held = set(shuffled[:count])
-    is_held = np.array([volume.patient in held for volume in cache.volumes])[cache.slice_volume]
-    learned, kept = np.flatnonzero(~is_held), np.flatnonzero(is_held)
+    is_held = np.array([patient in held for patient in patients])
+    learned, kept = (cache.volumes.slices_where(chosen) for chosen in (~is_held, is_held))
     if len(learned) == 0:
         learned = kept
     step = math.ceil(len(kept) / MAX_HELD_OUT_SLICES)

@@ -94,7 +94,7 @@ def write_cases(folder: Path, cache: SliceCache, results: dict[str, Any]) -> Non
     """
     found = {**results, **results["controls"]}
     leading = next((found[name] for name in LEADING if found.get(name)), None)
-    numbers = {volume.case: number for number, volume in enumerate(cache.volumes)}
+    numbers = {case: number for number, case in enumerate(cache.volumes.names("case"))}
     chosen = choose_cases(leading["dice_per_volume"]) if leading else []
     if not chosen:
         return
