@@ -1,8 +1,11 @@
 """What the subcommands share: errors for people, and the exit status."""
 
+import contextlib
+import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
+from medmoco.distributed import LostRank, await_launcher, launch, record_failure
 from medmoco.errors import UserError
 from medmoco.printing import print_any_name, visible
 from medmoco.signals import Stopped
@@ -11,17 +14,39 @@ from medmoco.signals import Stopped
 def run_command(
     main: Callable[[Sequence[str] | None], None], argv: Sequence[str] | None = None
 ) -> int:
-    """Runs a command; the exit status: 0 done or stopped as asked, 2 for an error to mend."""
+    """Runs a command; the exit status: 0 done or stopped as asked, 2 for an error to mend.
+
+    Of several ranks the first one speaks on standard output; errors are told by whom they meet.
+    """
     print_any_name()
     try:
-        main(argv)
+        with _first_rank_speaks():
+            main(argv)
     except UserError as error:
         print("error: " + visible(error, keep="\n"), file=sys.stderr)
+        record_failure(error)
         return 2
     except Stopped as stopped:
-        print(f"{stopped}; --resume goes on from there", file=sys.stderr)
+        if launch().rank == 0:
+            print(f"{stopped}; --resume goes on from there", file=sys.stderr)
         return 0
+    except LostRank as lost:
+        print(f"error: {lost}; the error of a rank that ended is the one to mend", file=sys.stderr)
+        await_launcher()
+        return 1
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
+    except Exception as error:
+        record_failure(error)
+        raise
     return 0
+
+
+@contextlib.contextmanager
+def _first_rank_speaks() -> Iterator[None]:
+    if launch().rank == 0:
+        yield
+        return
+    with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
+        yield

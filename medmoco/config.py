@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
+from medmoco.distributed import launch
 from medmoco.errors import UserError
 from medmoco.json_file import read_object
 
@@ -64,6 +65,8 @@ def parse(cls: type[Config], argv: Sequence[str] | None, *, prog: str, descripti
         for name, value in vars(known).items()
     }
     config_file = given.pop("config", None)
+    if launch().elastic and {"output", "resume", "overwrite"} <= {field.name for field in fields}:
+        _follow_restarts(given)
     if given.get("resume"):
         values = _resumed(cls, given)
     else:
@@ -100,6 +103,22 @@ def _check_limits(field: dataclasses.Field[Any], value: Any) -> None:
     ):
         if not kept:
             raise UserError(f"{_flag(field.name)}: expected a value {words} {limit}, got {value}")
+
+
+def _follow_restarts(given: dict[str, Any]) -> None:
+    """torchrun repeats one command line: what has begun is resumed, what has not begins.
+
+    Raises:
+        UserError: a restart would delete the run that it is to go on with.
+    """
+    launched, output = launch(), given.get("output")
+    if given.get("overwrite") and launched.may_restart:
+        raise UserError(
+            "--overwrite: torchrun's restarts would delete the run that they are to go on with; "
+            "delete its folder yourself, or leave --max-restarts out"
+        )
+    if output is not None and (launched.restarts or given.get("resume")):
+        given["resume"] = (Path(output) / "config.json").is_file()
 
 
 def _resumed(cls: type[Any], given: dict[str, Any]) -> dict[str, Any]:

@@ -11,6 +11,7 @@ import torch
 
 import medmoco
 from medmoco.config import to_json
+from medmoco.distributed import launch
 from medmoco.errors import UserError
 from medmoco.event_files import require_tensorboard
 from medmoco.json_file import read_object
@@ -43,18 +44,21 @@ def choose_workers(workers: int | None, device: torch.device) -> int:
     """--workers, or loader processes where the training leaves cores for them."""
     if workers is not None:
         return workers
-    return 0 if device.type == "cpu" else min(8, os.cpu_count() or 1)
+    cores = max(1, (os.cpu_count() or 1) // launch().local_world)
+    return 0 if device.type == "cpu" else min(8, cores)
 
 
 def choose_output(config: Config, name: str) -> Config:
     """--output, or runs/<time>-<name>; the cache beside it. Checked, but nothing is written.
 
     Raises:
-        UserError: the folder cannot be used, see `check_output`, or the cache would lie in it; or
-            there is no --device, or no package for --tensorboard, which is better known before
-            volumes are read.
+        UserError: the folder cannot be used, see `check_output`, or none is named for several
+            ranks, or the cache would lie in it; or there is no --device, or no package for
+            --tensorboard, which is better known before volumes are read.
     """
     choose_device(config.device)
+    if config.output is None and launch().world > 1:
+        raise UserError("--output: expected a folder for all ranks to agree on, got none")
     if config.tensorboard:
         require_tensorboard()
     output = config.output or Path("runs") / f"{time.strftime('%Y%m%d-%H%M%S')}-{name}"

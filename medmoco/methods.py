@@ -10,6 +10,7 @@ import torch
 from medmoco.data.cache import SliceCache
 from medmoco.data.slices import choose_grid, holding_all
 from medmoco.data.stream import hold_out_patients
+from medmoco.distributed import world
 from medmoco.errors import UserError
 from medmoco.launch import choose_device, choose_workers
 from medmoco.models.branch import Branch
@@ -174,6 +175,8 @@ def whitening_group(config: "PretrainConfig", channels: int) -> int:
         UserError: the group does not divide the channels, or the batch is too small for it.
     """
     samples, kind = config.batch_size, "slices"
+    if config.statistics == "rank":
+        samples //= world()
     if config.whiten_at == "last-norm":
         together = min(samples, SHUFFLE_SPLIT) if config.key_norm == "shuffle" else samples
         samples = together * math.ceil(config.image_size / config.output_stride) ** 2
@@ -245,6 +248,7 @@ def build_model(config: "PretrainConfig", initial: Weights | None = None) -> MoC
             config.covariance_weight if config.decorrelation == "covariance" else 0.0
         ),
         regions=config.regions,
+        over_ranks=config.statistics == "global",
     )
 
 

@@ -125,6 +125,28 @@ class MetricsLog:
             self._events.rebuild(run, (record for _, record in kept))
 
 
+class SilentLog(MetricsLog):
+    """Reads and checks the losses as the log of rank 0 does, and writes nothing."""
+
+    def __init__(self, path: Path, tensorboard: bool = False) -> None:
+        super().__init__(path, tensorboard=False)
+
+    def close(self) -> None:
+        pass
+
+    def sync(self) -> None:
+        pass
+
+    def _append(self, record: dict[str, Any]) -> None:
+        pass
+
+    def _update(self) -> None:
+        pass
+
+    def _keep(self, wanted: Callable[[dict[str, Any]], bool], run: str) -> None:
+        pass
+
+
 class StepClock:
     """Speed, and the share of time that the loop waited for data, since the last reading."""
 

@@ -11,6 +11,7 @@ from medmoco.config import MAX_SEED, option, parse
 from medmoco.data.cache import build_cache
 from medmoco.data.sources import folder_sources, read_case_list
 from medmoco.data.store import CacheSettings, SliceCache
+from medmoco.distributed import joined, launch, own_device
 from medmoco.errors import UserError
 from medmoco.launch import choose_output, create_run
 from medmoco.methods import COMMON, MAX_IMAGE_SIZE, PRESETS, Config, resolve
@@ -137,6 +138,12 @@ class PretrainConfig:
     channel: int = option(0, "channel of 4-D files", least=0)
     patients: str | None = option(None, "CSV of case,patient or a regular expression with a group")
     exclude: Path | None = option(None, "file of case names to leave out, one a line")
+    statistics: str = option(
+        "global",
+        "of normalisation, whitening and covariance on several ranks: of the whole batch, as on "
+        "one, or of each rank's part",
+        choices=("global", "rank"),
+    )
     skip_bad: bool = option(False, "go on without unreadable files and list them")
     cache: Path = option(None, "folder of the slice cache; default beside the output")
     workers: int = option(None, "loader processes; default 0 on the CPU, else up to 8", least=0)
@@ -196,9 +203,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     config = with_init(choose_output(config, config.method))
     cache = open_slices(config)
     config = resolve(config, cache)
-    run = Pretraining(config, cache)
-    create_run(config, "pretrain")
-    run.run()
+    with joined(own_device(config.device)):
+        run = Pretraining(config, cache)
+        if launch().rank == 0:
+            create_run(config, "pretrain")
+        run.run()
+    if launch().rank != 0:
+        return
     write_json(config.output / "summary.json", run.summary())
     write_plots(config.output)
     report = write_report([config.output], config.output / "report.html")

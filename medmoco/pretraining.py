@@ -23,10 +23,11 @@ from medmoco.data.store import SliceCache
 from medmoco.data.stream import EpochSampler, hold_out_patients, make_loader
 from medmoco.data.views import View, ViewConfig, sample_views
 from medmoco.diagnostics import collapse_warnings, diagnose
+from medmoco.distributed import any_rank, average_over_ranks, own_device, rank, require_same, world
 from medmoco.divergence import NonFiniteLoss, all_finite, diverged
 from medmoco.errors import UserError
 from medmoco.methods import build_model
-from medmoco.metrics_log import MetricsLog, StepClock
+from medmoco.metrics_log import MetricsLog, SilentLog, StepClock
 from medmoco.models.encoder import save_encoder
 from medmoco.models.moco import recalibrate_batchnorm, train_step
 from medmoco.models.weights import read_weights
@@ -55,14 +56,20 @@ class Pretraining:
         cache: the slices; patients held out for the diagnostics are chosen among them.
 
     Raises:
-        UserError: flags contradict each other, or the data is too small for them.
+        UserError: flags contradict each other, the data is too small for them, or the ranks do not
+            divide the batch.
     """
 
     def __init__(self, config: "PretrainConfig", cache: SliceCache) -> None:
+        if config.batch_size % world():
+            raise UserError(
+                f"--batch-size {config.batch_size}: expected a multiple of the {world()} ranks, "
+                "which take equal parts of it"
+            )
         self.config = config
         self.cache = cache
         self.output = output = config.output
-        self.device = torch.device(config.device)
+        self.device = own_device(config.device)
         self.checkpoints = Checkpoints(output / "checkpoints" / "last.pt", self._identity())
         initial = None
         if config.init is not None and not (config.resume and self.checkpoints.exist()):
@@ -89,7 +96,8 @@ class Pretraining:
         )
         self.total_steps = config.epochs * self.sampler.batches
         self.step = 0  # steps taken
-        self.metrics = MetricsLog(output / "metrics.jsonl", config.tensorboard)
+        log = SilentLog if rank() else MetricsLog  # what is written, rank 0 writes
+        self.metrics = log(output / "metrics.jsonl", config.tensorboard)
         self.chance = math.log(config.queue_size + 1)  # the loss of guessing, in nats
         self.losses = [0.0, 0]  # global losses of the epoch so far: their sum and number
         self.diagnostics: dict[str, Any] = {}
@@ -101,7 +109,7 @@ class Pretraining:
     # --- the loop ---------------------------------------------------------------------------
 
     def run(self) -> dict[str, Any]:
-        """Trains to the end and writes encoder.pt.
+        """Trains to the end and writes encoder.pt. All ranks take every decision alike.
 
         Returns:
             The last diagnostics, as in metrics.jsonl.
@@ -112,6 +120,7 @@ class Pretraining:
         """
         if self.config.resume:
             self.restore()
+        self._require_agreement()
         print(self._introduction(), flush=True)
         started = time.monotonic()
         with self.metrics, StopRequest() as stop, self._progress_bar() as bar:
@@ -120,6 +129,7 @@ class Pretraining:
                 self._start(stop)
             while self._diagnosis_due() or self.step < self.total_steps:
                 if self._diagnosis_due():  # also where a run was stopped right before it
+                    self._require_agreement()
                     self._require_finite_state()
                     self._diagnose()
                     self.save()
@@ -127,10 +137,13 @@ class Pretraining:
                         print(f"epoch {self.diagnostics['epoch']}: {self._status()}", flush=True)
                 else:
                     self._train_epoch(bar, stop)
-            if stop.asked:  # after the last step, so that what follows does not keep it waiting
+            if any_rank(stop.asked)[
+                0
+            ]:  # after the last step: what follows must not keep it waiting
                 raise Stopped(f"saved step {self.step} of {self.total_steps}")
         self.seconds = time.monotonic() - started
-        save_encoder(self.output / "encoder.pt", self.model.query.encoder, **self.metadata())
+        if rank() == 0:
+            save_encoder(self.output / "encoder.pt", self.model.query.encoder, **self.metadata())
         return self.diagnostics
 
     def _train_epoch(self, bar: tqdm, stop: StopRequest) -> None:
@@ -146,14 +159,16 @@ class Pretraining:
             self.metrics.hold(self._train_step(batch))
             clock.step_done(self.config.batch_size)
             bar.update()
-            due = stop.asked or time.monotonic() - saved > CHECKPOINT_SECONDS
+            late = time.monotonic() - saved > CHECKPOINT_SECONDS
+            stopping, late = any_rank(stop.asked, late)
+            due = stopping or late
             if due or self.step % LOG_EVERY == 0 or self.step % self.sampler.batches == 0:
                 self._log(bar, clock)
             if due:
                 self._require_finite_state()
                 self.save()
                 saved = time.monotonic()
-            if stop.asked:
+            if stopping:
                 raise Stopped(f"saved step {self.step} of {self.total_steps}")
 
     def _train_step(self, batch: dict[str, Tensor]) -> dict[str, Any]:
@@ -179,7 +194,9 @@ class Pretraining:
             "lr": lr,
             "chance": self.chance,
         }
-        return record | losses.as_dict()
+        parts = losses.as_dict()
+        average_over_ranks(list(parts.values()))
+        return record | parts
 
     # --- what a step needs ------------------------------------------------------------------
 
@@ -222,10 +239,10 @@ class Pretraining:
             with self._autocast():
                 key = self.model.encode_keys(self.draw_views(batch)[1].image, self.generator)
             self.model.enqueue(key, ids, self.generator)
-            filled += len(ids)
+            filled += self.config.batch_size
             if filled >= self.config.queue_size:
                 return
-            if stop.asked:  # nothing is learned yet, so there is nothing to save
+            if any_rank(stop.asked)[0]:  # nothing is learned yet, so there is nothing to save
                 raise Stopped("stopped before the first step")
 
     def unseen_batches(self) -> Iterator[dict[str, Tensor]]:
@@ -267,7 +284,7 @@ class Pretraining:
             "warnings": warnings,
         }
         self.metrics.write(self.diagnostics)
-        if self.step and len(warnings) > told:
+        if self.step and len(warnings) > told and rank() == 0:
             epoch = self.diagnostics["epoch"]
             tqdm.write("\n".join(f"epoch {epoch}: {text}" for text in warnings), file=sys.stderr)
 
@@ -282,7 +299,9 @@ class Pretraining:
         return diverged(what, step, slices, self.cache, written)
 
     def save(self) -> None:
-        """Writes the full state; `restore` goes on from it bit for bit."""
+        """Writes the full state, the same on all ranks; `restore` goes on from it bit for bit."""
+        if rank():
+            return
         state = {
             "step": self.step,
             "losses": self.losses,
@@ -315,6 +334,14 @@ class Pretraining:
         resume_generator(self.generator, state["generator"], self.config.seed + self.step)
         set_random_state(state["random"])
         self.metrics.forget_after(self.step, self.diagnostics["step"])
+
+    def _require_agreement(self) -> None:
+        """Raises a UserError where ranks have other weights, queues or numbers of steps."""
+        model = self.model
+        place = torch.tensor([self.step], device=self.device)
+        queues = [queue for queue in (model.queue, model.local_queue) if queue is not None]
+        tensors = [t for queue in queues for t in queue.buffers()]
+        require_same([place, *tensors, *model.query.parameters()], f"state after step {self.step}")
 
     def summary(self) -> dict[str, Any]:
         """The part of summary.json that pretraining knows."""
@@ -358,7 +385,11 @@ class Pretraining:
 
     def _progress_bar(self) -> tqdm:
         return tqdm(
-            total=self.total_steps, initial=self.step, unit="step", desc="pretrain", disable=None
+            total=self.total_steps,
+            initial=self.step,
+            unit="step",
+            desc="pretrain",
+            disable=rank() > 0 or None,
         )
 
     def _log(self, bar: tqdm, clock: StepClock) -> None:

@@ -18,6 +18,7 @@ from medmoco.data.folds import FOLDS_NAME, choose_folds, label_share, split_fold
 from medmoco.data.slices import PixelGrid
 from medmoco.data.splits import write_split
 from medmoco.data.store import SliceCache
+from medmoco.distributed import launch
 from medmoco.downstream import Segmentation, default_stride
 from medmoco.errors import UserError
 from medmoco.labelled import (
@@ -341,6 +342,8 @@ def run_folds(config: SegmentConfig, encoder: Encoder | None, metadata: dict[str
 def main(argv: Sequence[str] | None = None) -> None:
     """The command `medmoco segment`."""
     config = parse(SegmentConfig, argv, prog="medmoco segment", description=__doc__)
+    if launch().rank != 0:  # segmentation is the work of one process
+        return
     config, encoder, metadata = with_encoder(choose_output(config, "segment"))
     if config.folds is not None or config.fold is not None:
         run_folds(config, encoder, metadata)

@@ -16,6 +16,7 @@ from medmoco.command import run_command
 from medmoco.config import option, parse
 from medmoco.data.phantom import generate_phantom
 from medmoco.data.splits import write_split
+from medmoco.distributed import joined, launch, own_device
 from medmoco.errors import UserError
 from medmoco.labelled import read_split
 from medmoco.launch import choose_output, create_run
@@ -75,15 +76,18 @@ def main(argv: Sequence[str] | None = None) -> None:
     located = locate_data(asked)
     cache = open_slices(located, exclude=kept_from_pretraining(located))
     config = resolve(located, cache)
-    pretraining = Pretraining(config, cache)
-    segmentation = None
-    if config.task is not None:
-        segmentation = prepare(segment_config(config), pretraining.metadata())
-    # As asked: --resume and --config then take the same road to the data, phantoms included.
-    create_run(dataclasses.replace(config, data=asked.data, task=asked.task), "train")
-
-    started = time.monotonic()
-    pretraining.run()
+    with joined(own_device(config.device)):
+        pretraining = Pretraining(config, cache)
+        segmentation = None
+        if config.task is not None:
+            segmentation = prepare(segment_config(config), pretraining.metadata())
+        if launch().rank == 0:
+            # As asked: --resume and --config then take the same road to the data, or phantoms.
+            create_run(dataclasses.replace(config, data=asked.data, task=asked.task), "train")
+        started = time.monotonic()
+        pretraining.run()
+    if launch().rank != 0:  # segmentation is the work of one process
+        return
     summary = pretraining.summary()
     summary["seconds"] = {"pretrain": round(time.monotonic() - started, 1)}
     if segmentation is not None:

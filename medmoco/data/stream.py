@@ -12,6 +12,7 @@ from tqdm import tqdm
 
 from medmoco.data.slices import SliceDataset, number_type
 from medmoco.data.store import SliceCache
+from medmoco.distributed import own_part, rank
 from medmoco.signals import leave_stopping_to_the_trainer
 
 RESIDENT_SHARE = 0.25  # of the free memory of a GPU, which slices may fill before training
@@ -22,7 +23,8 @@ class EpochSampler(Sampler[list[int]]):
     """Batches of positions; a function of seed, epoch and first batch alone.
 
     Nothing is remembered between epochs, so a resumed run sees what the unbroken one would have.
-    The last, incomplete batch of an epoch is left out.
+    The last, incomplete batch of an epoch is left out. `batch_size` is that of all ranks together,
+    a multiple of their number; each is given its own part of every batch.
     """
 
     def __init__(self, length: int, batch_size: int, seed: int) -> None:
@@ -44,7 +46,8 @@ class EpochSampler(Sampler[list[int]]):
         numbers = np.arange(self.length, dtype=number_type(self.length))
         order = np.random.default_rng((self.seed, self.epoch)).permutation(numbers)
         for batch in range(self.first_batch, self.batches):
-            yield order[batch * self.batch_size : (batch + 1) * self.batch_size].tolist()
+            rows = order[batch * self.batch_size : (batch + 1) * self.batch_size]
+            yield own_part(rows).tolist()
 
     def __len__(self) -> int:
         return self.batches - self.first_batch
@@ -73,7 +76,9 @@ class ResidentLoader:
             generator=torch.Generator().manual_seed(sampler.seed),
         )
         parts: dict[str, list[Tensor]] = {}
-        for batch in tqdm(batches, desc=f"slices to {device}", unit="batch", disable=None):
+        for batch in tqdm(
+            batches, desc=f"slices to {device}", unit="batch", disable=rank() > 0 or None
+        ):
             for name, values in batch.items():
                 parts.setdefault(name, []).append(values.to(device))
         self.slices = {name: torch.cat(values) for name, values in parts.items()}

@@ -14,6 +14,7 @@ import torch
 from torch import Generator, Tensor
 from torch.nn import functional as F
 
+from medmoco.distributed import draw_part
 from medmoco.errors import UserError
 
 _CANDIDATES = 16
@@ -85,7 +86,8 @@ def sample_views(
         canvas: (B, 1, P, P) in [0, 1], content centred.
         extent: (B, 2) rows and columns of the content, in pixels of the canvas.
         config: what to draw.
-        generator: on the canvas's device; the same state gives the same views.
+        generator: on the canvas's device; the same state gives the same views, whose number of
+            ranks does not matter.
     """
     first, second = _draw_pair(extent / canvas.shape[-1], config, generator)
     return (
@@ -118,7 +120,9 @@ def change_intensities(image: Tensor, config: ViewConfig, generator: Generator |
     image = (image - mean) * contrast + mean + brightness
     # Noise comes last, since blur would take it away.
     image = _blur(image, sigma * blurred, config.blur[1])
-    noise = torch.empty_like(image).normal_(generator=generator)
+    noise = draw_part(
+        lambda shape: image.new_empty(shape).normal_(generator=generator), image.shape
+    )
     return (image + noise_level * noise).clamp(0, 1)
 
 
@@ -251,7 +255,10 @@ def _uniform(
     generator: Generator | None,
 ) -> Tensor:
     low, high = bounds
-    draw = torch.rand(shape, generator=generator, device=like.device, dtype=like.dtype)
+    draw = draw_part(
+        lambda rows: torch.rand(rows, generator=generator, device=like.device, dtype=like.dtype),
+        shape,
+    )
     return low + (high - low) * draw
 
 

@@ -5,6 +5,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from medmoco.data.views import View, corresponding_coordinates, overlap_regions
+from medmoco.distributed import draw_part, sum_over_ranks, world
 from medmoco.models.branch import Branch, Embedding
 from medmoco.models.queue import KeyQueue
 from medmoco.ops import dense_match, queue_info_nce
@@ -106,8 +107,10 @@ def region_loss(
 def random_cell(key: Embedding, generator: torch.Generator) -> Tensor:
     """(batch, embed_dim) of unit length: one cell of each image's local map."""
     cells = _local_map(key).flatten(2)
-    chosen = torch.randint(
-        cells.shape[2], (len(cells), 1, 1), generator=generator, device=cells.device
+    count, device = cells.shape[2], cells.device
+    chosen = draw_part(
+        lambda shape: torch.randint(count, shape, generator=generator, device=device),
+        (len(cells), 1, 1),
     )
     return functional.normalize(cells.take_along_dim(chosen, dim=2).squeeze(2).float(), dim=1)
 
@@ -150,6 +153,9 @@ def _sample(feature_map: Tensor, coordinates: Tensor) -> Tensor:
 
 
 def _mean_where(values: Tensor, valid: Tensor) -> Tensor:
-    """Mean over the valid entries, 0 where there are none; without waiting for the device."""
+    """Mean over the valid entries, 0 where there are none; without waiting for the device.
+
+    On several ranks it is their mean of this that is the mean over all valid entries.
+    """
     kept = torch.where(valid, values, torch.zeros_like(values))
-    return kept.sum() / valid.sum().clamp(min=1)
+    return kept.sum() * world() / sum_over_ranks(valid.sum()).clamp(min=1)

@@ -13,6 +13,13 @@ import torch
 from torch import Tensor, nn
 
 from medmoco.data.views import View
+from medmoco.distributed import (
+    average_gradients,
+    average_over_ranks,
+    gather_rows,
+    own_part,
+    world,
+)
 from medmoco.models.branch import Branch, Embedding
 from medmoco.models.local_loss import (
     average_cell,
@@ -22,6 +29,7 @@ from medmoco.models.local_loss import (
     region_loss,
 )
 from medmoco.models.queue import KeyQueue
+from medmoco.models.rank_norm import set_over_ranks, share_statistics
 from medmoco.ops import covariance_loss, queue_info_nce
 
 SHUFFLE_SPLIT = 32  # images that share batch statistics, as MoCo's 32 images a GPU
@@ -67,6 +75,8 @@ class MoCo(nn.Module):
         covariance_weight: weight of VICReg's covariance term on batch-standardised pooled
             features; 0 leaves it out.
         regions: the region grid is regions x regions.
+        over_ranks: whether normalisation, whitening and covariance have the statistics of the batch
+            of all ranks, as one process has them, or each those of its own part.
     """
 
     def __init__(
@@ -82,8 +92,11 @@ class MoCo(nn.Module):
         local_weight: float,
         covariance_weight: float,
         regions: int,
+        over_ranks: bool = True,
     ) -> None:
         super().__init__()
+        if over_ranks and world() > 1:
+            share_statistics(query)
         self.query = query
         self.key = copy.deepcopy(query).requires_grad_(False)
         embed_dim = query.embed_dim
@@ -98,6 +111,7 @@ class MoCo(nn.Module):
         self.local_weight = local_weight
         self.covariance_weight = covariance_weight
         self.regions = regions
+        self.over_ranks = over_ranks
 
     def forward(
         self, query_view: View, key_view: View, ids: Tensor, generator: torch.Generator
@@ -133,18 +147,36 @@ class MoCo(nn.Module):
             self.key.eval()
             return self.key(images)
         self.key.train()
-        order = torch.randperm(len(images), generator=generator, device=images.device)
-        shuffled = images[order]
-        maps = [self.key.encoder(split) for split in _splits(shuffled)]
-        return self.key.embed(torch.cat(maps)[torch.argsort(order)])
+        everyone = gather_rows(images)
+        order = torch.randperm(len(everyone), generator=generator, device=images.device)
+        own, together = self._deal(order)
+        set_over_ranks(self.key.encoder, together)
+        maps = torch.cat([self.key.encoder(everyone[split]) for split in own])
+        dealt = gather_rows(torch.cat(own))
+        return self.key.embed(own_part(gather_rows(maps)[torch.argsort(dealt)]))
+
+    def _deal(self, order: Tensor) -> tuple[tuple[Tensor, ...], bool]:
+        """The splits that this rank encodes, and whether it only has its part of each.
+
+        Whole splits, or else parts of all of them, whose statistics are then those of all ranks:
+        so they are the splits of one process. Where not even that divides, or statistics are not
+        to be shared, each rank makes splits of its own share.
+        """
+        splits = _splits(order)
+        if len(order) % (SHUFFLE_SPLIT * world()) == 0:
+            return own_part(splits), False
+        if self.over_ranks and all(len(split) % world() == 0 for split in splits):
+            return tuple(own_part(split) for split in splits), True
+        return _splits(own_part(order)), False
 
     @torch.no_grad()
     def enqueue(self, key: Embedding, ids: Tensor, generator: torch.Generator) -> None:
-        """Stores the batch's keys, and one key an image for the local loss."""
-        self.queue.enqueue(key.projection, ids)
+        """Stores the keys of all ranks' batches, and one key an image for the local loss."""
+        ids = gather_rows(ids)
+        self.queue.enqueue(gather_rows(key.projection), ids)
         if self.local_queue is not None:
             cell = average_cell(key) if self.local == "dense" else random_cell(key, generator)
-            self.local_queue.enqueue(cell, ids)
+            self.local_queue.enqueue(gather_rows(cell), ids)
 
     @torch.no_grad()
     def update_key(self) -> None:
@@ -158,6 +190,12 @@ class MoCo(nn.Module):
                 key.lerp_(query, weight)
             else:
                 key.copy_(query)  # num_batches_tracked
+
+    @torch.no_grad()
+    def average_statistics(self) -> None:
+        """Averages the running statistics over the ranks, where each has its own."""
+        if not self.over_ranks:
+            average_over_ranks([b for b in self.query.buffers() if b.is_floating_point()])
 
     @torch.no_grad()
     def synchronise_key(self) -> None:
@@ -181,7 +219,7 @@ class MoCo(nn.Module):
         if self.covariance_weight == 0:
             return None
         # Standardised first: on raw features, shrinking them would be the cheapest solution.
-        features = pooled.float()
+        features = gather_rows(pooled.float()) if self.over_ranks else pooled.float()
         deviation = features.var(0, keepdim=True).add(1e-5).sqrt()
         return covariance_loss((features - features.mean(0)) / deviation)
 
@@ -211,10 +249,12 @@ def train_step(
         losses, key = model(*views, ids, generator)
     optimizer.zero_grad(set_to_none=True)
     losses.total.backward()
+    average_gradients(model.query.parameters())
     if clip_norm > 0:
         nn.utils.clip_grad_norm_(model.query.parameters(), clip_norm)
     optimizer.step()
     model.enqueue(key, ids, generator)
+    model.average_statistics()
     return losses
 
 

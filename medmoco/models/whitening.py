@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from medmoco.distributed import gather_rows, own_part
 from medmoco.errors import UserError
 from medmoco.models.encoder import Encoder, last_norm_name
 from medmoco.ops import iternorm_whiten, zca_whiten
@@ -21,8 +22,12 @@ class _Whitening(nn.Module, abc.ABC):
     Training uses the statistics of the batch, over positions too, and averages them as BatchNorm
     does (momentum None: a cumulative average); eval mode uses the averages. Arithmetic is float32
     under autocast as well, and float64 for float64.
+
+    Attributes:
+        over_ranks: whether the batch is that of all ranks, of which each then whitens all of it.
     """
 
+    over_ranks = False
     running_mean: Tensor
     num_batches_tracked: Tensor
 
@@ -54,9 +59,11 @@ class _Whitening(nn.Module, abc.ABC):
             flat = rows.reshape(-1, self.features)
             flat = flat.to(torch.promote_types(flat.dtype, torch.float32))
             if self.training:
-                self._check_samples(len(flat), pooled=features.ndim == 2)
+                batch = gather_rows(flat) if self.over_ranks else flat
+                self._check_samples(len(batch), pooled=features.ndim == 2)
                 self.num_batches_tracked.add_(1)
-                flat = self._whiten_batch(flat)
+                batch = self._whiten_batch(batch)
+                flat = own_part(batch) if self.over_ranks else batch
             else:
                 mean, blocks = self._running_blocks()
                 centred = (flat - mean).unflatten(1, (-1, self.group_size))
