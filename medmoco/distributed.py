@@ -80,7 +80,7 @@ def own_device(device: str) -> torch.device:
     chosen, launched = torch.device(device), launch()
     if chosen.type != "cuda" or launched.world == 1:
         return chosen
-    if chosen.index is not None:
+    if device != chosen.type:
         raise UserError(
             f"--device {device}: expected cpu or cuda with {launched.world} ranks, of which each "
             "takes the GPU of its number"
@@ -253,7 +253,7 @@ def _telling_of_lost_ranks() -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:  # of gloo and NCCL alike
-        reason = str(error).splitlines()[0]
+        reason = str(error).splitlines()[0].partition(". ")[0]
         raise LostRank(f"rank {launch().rank} lost the others: {reason}") from error
 
 
