@@ -137,9 +137,8 @@ class Pretraining:
                         print(f"epoch {self.diagnostics['epoch']}: {self._status()}", flush=True)
                 else:
                     self._train_epoch(bar, stop)
-            if any_rank(stop.asked)[
-                0
-            ]:  # after the last step: what follows must not keep it waiting
+            (stopping,) = any_rank(stop.asked)
+            if stopping:  # after the last step, so that what follows does not keep it waiting
                 raise Stopped(f"saved step {self.step} of {self.total_steps}")
         self.seconds = time.monotonic() - started
         if rank() == 0:
