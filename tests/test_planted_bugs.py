@@ -20,6 +20,8 @@ MODULES = {
 def programs(tmp_path_factory, started):
     """Of each kernel, the program with all its bugs asleep in it."""
 
+    tmp_path_factory.getbasetemp()  # made before the threads, which would make one each
+
     def built(kernel: str) -> Path:
         return MODULES[kernel].build_program(tmp_path_factory.mktemp(kernel))
 
