@@ -14,6 +14,7 @@ from typing import Any, NoReturn, TypeVar
 from medmoco.distributed import launch
 from medmoco.errors import UserError
 from medmoco.json_file import read_object
+from medmoco.printing import brief
 
 Config = TypeVar("Config")
 
@@ -173,7 +174,7 @@ def read_config(cls: type[Any], path: Path) -> dict[str, Any]:
     """
     values = read_object(Path(path))
     command = values.get("command")
-    if command in getattr(cls, "OTHER_MEANING_IN", ()):
+    if isinstance(command, str) and command in getattr(cls, "OTHER_MEANING_IN", ()):
         raise UserError(
             f"{path}: the flags of `medmoco {command}` have other meanings here, such as --epochs"
         )
@@ -191,18 +192,18 @@ def _checked(path: Path, field: dataclasses.Field[Any], hint: Any, value: Any) -
         return None
     if typing.get_origin(kind) is tuple:
         if not isinstance(value, list):
-            raise UserError(f"{path}: {field.name} must be a list, got {value!r}")
+            raise UserError(f"{path}: {field.name} must be a list, got {brief(value)}")
         return tuple(_checked(path, field, typing.get_args(kind)[0], item) for item in value)
     expected: Any = {Path: str, float: (int, float)}.get(kind, kind)
     wrong_bool = isinstance(value, bool) and kind is not bool
     if not isinstance(value, expected) or wrong_bool:
         name = kind.__name__
-        raise UserError(f"{path}: {field.name} must be of type {name}, got {value!r}")
+        raise UserError(f"{path}: {field.name} must be of type {name}, got {brief(value)}")
     if kind is float and not math.isfinite(value):
-        raise UserError(f"{path}: {field.name} must be a finite number, got {value!r}")
+        raise UserError(f"{path}: {field.name} must be a finite number, got {brief(value)}")
     choices = field.metadata.get("choices")
     if choices and value not in choices:
-        raise UserError(f"{path}: {field.name} must be one of {list(choices)}, got {value!r}")
+        raise UserError(f"{path}: {field.name} must be one of {list(choices)}, got {brief(value)}")
     return kind(value)
 
 

@@ -20,7 +20,7 @@ from medmoco.seal import SealBroken, check_seal
 MAX_PICKLE = 4 << 20  # bytes of the archive's part that is no tensor: names and numbers
 # Tensors may share memory, as tied weights do: together they may be so many times the file.
 MAX_SHARING = 4
-ZIP_START = b"PK\x03\x04"
+ZIP_START, PICKLE_START = b"PK\x03\x04", b"\x80"
 
 
 class DamagedFile(UserError):
@@ -90,8 +90,11 @@ def require_format(path: Path, content: dict[str, Any], what: str, name: str, ve
 def _check_archive(file: BinaryIO, size: int) -> None:
     """torch.save compresses nothing, so that an archive holds no more than its own bytes."""
     file.seek(0)
-    if file.read(len(ZIP_START)) != ZIP_START:
+    start = file.read(len(ZIP_START))
+    if start.startswith(PICKLE_START):
         return  # the format before torch 1.6, which reads no more than there is
+    if start != ZIP_START:
+        raise ValueError(f"it starts with {start!r}")
     with zipfile.ZipFile(file) as archive:
         entries = archive.infolist()
     if any(entry.compress_type != zipfile.ZIP_STORED for entry in entries):

@@ -102,15 +102,15 @@ def test_label_values_that_do_not_fit_a_byte_are_refused(tmp_path):
         ({"training": []}, 'expected an object of classes under "labels", got None'),
         ({"labels": {"0": "background"}}, "expected a class besides background"),
         ({"labels": {"0": "background", "1": "a", "2": "a"}}, "each name once"),
-        ({"labels": {"background": 0, "x": 300}}, "from 0 to 255 .* got 300 for x"),
-        ({"labels": {"background": 0, "x": 1, "y": 1}}, "expected different values .* 1 for y"),
+        ({"labels": {"background": 0, "x": 300}}, "from 0 to 255 .* got 300 for 'x'"),
+        ({"labels": {"background": 0, "x": 1, "y": 1}}, "expected different values .* 1 for 'y'"),
         ({"labels": {"background": 0, "whole": [1, 2]}}, "regions and ignored labels"),
         ({"labels": {"background": 0, "x": 1, "ignore": 2}}, "regions and ignored labels"),
         ({"labels": {"background": 0, "x": -1}}, "a class name and a whole number"),
         ({"labels": DECATHLON, "training": {}}, 'a list under "training", got dict'),
         ({"labels": DECATHLON, "training": ["a.nii.gz"]}, "got 'a.nii.gz'"),
         ({"labels": DECATHLON, "training": [{"image": "a"}]}, '"label": FILE'),
-        ({"labels": DECATHLON, "training": listed("a", "a")}, "each case once, got a twice"),
+        ({"labels": DECATHLON, "training": listed("a", "a")}, "each case once, got 'a' twice"),
         ({"labels": DECATHLON, "file_ending": ".mha"}, "file_ending .nii.gz or .nii, got '.mha'"),
     ],
 )
@@ -129,6 +129,32 @@ def test_paths_that_leave_the_folder_are_refused(tmp_path, path):
     write_task(tmp_path / "task", {"labels": DECATHLON, "training": training})
     with pytest.raises(UserError, match=f"expected paths within the folder, got '{path}'"):
         read_task(tmp_path / "task")
+
+
+def test_links_that_leave_the_folder_are_refused(tmp_path):
+    save_volume(tmp_path / "secret.nii.gz", ramp())
+    write_task(tmp_path / "task", {"labels": DECATHLON, "training": listed("a")})
+    image = tmp_path / "task" / "imagesTr" / "a.nii.gz"
+    image.unlink(missing_ok=True)
+    image.symlink_to(tmp_path / "secret.nii.gz")
+    with pytest.raises(UserError, match=r"dataset\.json: .* a symbolic link out of it"):
+        read_task(tmp_path / "task")
+    image.unlink()
+    (tmp_path / "task" / "there.nii.gz").write_bytes(b"")
+    image.symlink_to(tmp_path / "task" / "there.nii.gz")
+    (tmp_path / "link").symlink_to(tmp_path / "task")
+    for folder in (tmp_path / "task", tmp_path / "link"):
+        assert read_task(folder).cases[0].image == folder / "imagesTr" / "a.nii.gz"
+
+
+@pytest.mark.parametrize(
+    "path", ["a\0b.nii.gz", "\ud800.nii.gz", "n" * 300 + ".nii.gz", "a/" * 3000]
+)
+def test_paths_that_no_system_has_are_refused(tmp_path, path):
+    training = [{"image": "./imagesTr/a.nii.gz", "label": path}]
+    write_task(tmp_path, {"labels": DECATHLON, "training": training})
+    with pytest.raises(UserError, match=r"dataset\.json: expected paths of files, got '"):
+        read_task(tmp_path)
 
 
 def test_folder_without_any_layout_is_named(tmp_path):
@@ -167,7 +193,7 @@ def test_bad_patients_are_named(tmp_path):
     with pytest.raises(UserError, match="expected a readable CSV file"):
         patient_of("a", str(tmp_path / "missing.csv"))
     (tmp_path / "wide.csv").write_text("a,b,c\n")
-    with pytest.raises(UserError, match=r"expected `case,patient` in row 1, got \['a', 'b', 'c'\]"):
+    with pytest.raises(UserError, match=r"expected `case,patient` in row 1, got 'a,b,c'"):
         patient_of("a", str(tmp_path / "wide.csv"))
 
 

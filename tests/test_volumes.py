@@ -229,6 +229,48 @@ def test_voxels_that_are_not_finite_are_counted(tmp_path, value):
         read_volume(path)
 
 
+@pytest.mark.parametrize(("unit", "factor"), [(0, 1), (1, 1000), (2, 1), (3, 0.001), (10, 1)])
+def test_lengths_in_metres_and_microns_become_millimetres(tmp_path, unit, factor):
+    path = save_volume(tmp_path / "a.nii", ramp(), np.diag([0.5, 0.5, 2.0, 1.0]))
+    with_unit(path, unit)
+    np.testing.assert_allclose(read_grid(path).spacing, np.array([0.5, 0.5, 2.0]) * factor)
+    np.testing.assert_allclose(read_volume(path).spacing, np.array([0.5, 0.5, 2.0]) * factor)
+
+
+def test_a_label_map_keeps_the_unit_of_its_image(tmp_path):
+    path = save_volume(tmp_path / "a.nii", ramp((4, 5, 6)), np.diag([0.001, 0.001, 0.002, 1.0]))
+    with_unit(path, 1)
+    labels = np.ones((6, 5, 4), np.uint8)
+    write_label_map(tmp_path / "label.nii", labels, path, 2)
+    header = nib.load(tmp_path / "label.nii").header
+    assert header.get_xyzt_units()[0] == "meter"
+    np.testing.assert_allclose(header.get_zooms(), (0.001, 0.001, 0.002))
+    np.testing.assert_allclose(read_grid(tmp_path / "label.nii").spacing, (1.0, 1.0, 2.0))
+
+
+@pytest.mark.parametrize(
+    ("unit", "size", "message"),
+    [
+        (1, 40.0, "expected voxels of 1e-05 to 5000 mm a side, got 40000 x 40000 x 40000 mm"),
+        (2, 1e-6, "expected voxels of 1e-05 to 5000 mm a side, got 1e-06 x 1e-06 x 1e-06 mm"),
+        (3, 1e-3, "expected voxels of 1e-05"),
+        (5, 1.0, "expected lengths in m, mm or microns, got xyzt_units 5"),
+    ],
+)
+def test_absurd_lengths_are_named(tmp_path, unit, size, message):
+    path = save_volume(tmp_path / "a.nii", ramp(), np.diag([size, size, size, 1.0]))
+    with_unit(path, unit)
+    with pytest.raises(UserError, match=rf"a\.nii: {message}"):
+        read_grid(path)
+
+
+def with_unit(path, unit):
+    """Sets xyzt_units, byte 123 of a header of NIfTI-1."""
+    content = bytearray(path.read_bytes())
+    content[123] = unit
+    path.write_bytes(content)
+
+
 def test_constant_volume_is_named(tmp_path):
     path = save_volume(tmp_path / "a.nii.gz", np.full((3, 3, 3), -7, np.int16))
     with pytest.raises(UserError, match=r"got a constant volume \(all voxels -7\)"):

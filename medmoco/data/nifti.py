@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 import numpy as np
+from nibabel.affines import voxel_sizes
 from nibabel.nifti1 import Nifti1Header
 from nibabel.nifti2 import Nifti2Header
 from nibabel.orientations import io_orientation
@@ -24,6 +25,10 @@ MAX_TRAILING_BYTES = 64 << 20  # padding that some writers leave; more than that
 CHUNK_BYTES = 1 << 20
 # The float64 values of a label map and a temporary; an image takes half of it.
 WORKING_BYTES_PER_VOXEL = 16
+# Millimetres in the header's units, by the lowest three bits of xyzt_units; 0 stands for none.
+MILLIMETRES = {0: 1.0, 1: 1000.0, 2: 1.0, 3: 0.001}
+UNIT_BITS = 7
+MIN_SPACING, MAX_SPACING = 1e-5, 5000.0  # mm: from below microscopy to beyond any scanner
 
 
 class VolumeError(UserError):
@@ -42,7 +47,7 @@ class Layout:
     header: Nifti1Header
     shape: tuple[int, int, int]  # (x, y, z) as stored
     channels: int  # volumes one after another: the product of the axes behind the third
-    affine: np.ndarray  # (4, 4), voxel index to millimetres in RAS+
+    affine: np.ndarray  # (4, 4), voxel index to millimetres in RAS+, whatever the header's unit
     offset: int  # bytes before the first voxel
 
     @property
@@ -165,7 +170,8 @@ def _parse_header(path: Path, stream: BinaryIO) -> Layout:
     if header["magic"].item()[:3] not in (b"n+1", b"n+2"):
         raise VolumeError(path, "expected header and voxels in one file, got the header of a pair")
     shape, channels = _shape(path, header)
-    return Layout(header, shape, channels, _checked_affine(path, affine), _offset(path, header))
+    affine = _in_millimetres(path, header, _checked_affine(path, affine))
+    return Layout(header, shape, channels, affine, _offset(path, header))
 
 
 def _header_size(start: bytes) -> int:
@@ -190,6 +196,20 @@ def _checked_affine(path: Path, affine: np.ndarray) -> np.ndarray:
     # Axes of wildly different lengths can be of full rank and yet have no orientation.
     if not whole or np.isnan(io_orientation(affine)).any():
         raise VolumeError(path, f"expected an invertible affine, got {affine[:3].tolist()}")
+    return affine
+
+
+def _in_millimetres(path: Path, header: Nifti1Header, affine: np.ndarray) -> np.ndarray:
+    unit = int(header["xyzt_units"]) & UNIT_BITS
+    if unit not in MILLIMETRES:
+        raise VolumeError(path, f"expected lengths in m, mm or microns, got xyzt_units {unit}")
+    affine = np.diag([MILLIMETRES[unit]] * 3 + [1.0]) @ affine
+    sizes = voxel_sizes(affine)
+    if not ((sizes >= MIN_SPACING) & (sizes <= MAX_SPACING)).all():
+        got = " x ".join(f"{size:g}" for size in sizes)
+        raise VolumeError(
+            path, f"expected voxels of {MIN_SPACING:g} to {MAX_SPACING:g} mm a side, got {got} mm"
+        )
     return affine
 
 

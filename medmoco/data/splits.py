@@ -12,7 +12,7 @@ from medmoco.data.task import Task
 from medmoco.errors import UserError
 from medmoco.json_file import read_json
 from medmoco.output import write_json
-from medmoco.printing import say
+from medmoco.printing import LONGEST, brief, say
 
 PARTS = ("pretrain", "train", "test")
 NAMED = 5  # cases or patients that an error lists
@@ -152,7 +152,8 @@ def checked_split(path: str, content: Any, task: Task) -> Split:
 
 
 def _listed(names: Sequence[str]) -> str:
-    return ", ".join(names[:NAMED]) + (", ..." if len(names) > NAMED else "")
+    shown = ", ".join(name[:LONGEST] for name in names[:NAMED])
+    return shown + (", ..." if len(names) > NAMED else "")
 
 
 def _split_parts(path: str, content: Any) -> dict[str, list[str]]:
@@ -167,6 +168,6 @@ def _split_parts(path: str, content: Any) -> dict[str, list[str]]:
 
 def _require_names(path: str, part: str, names: Any) -> None:
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
-        raise UserError(f'{path}: expected a list of case names under "{part}", got {names!r}')
+        raise UserError(f'{path}: expected a list of case names under "{part}", got {brief(names)}')
     if not names and part != "pretrain":
         raise UserError(f'{path}: expected at least one case under "{part}", got none')

@@ -5,7 +5,6 @@ doi:10.1038/s41592-020-01008-z.
 """
 
 import csv
-import os
 import re
 from dataclasses import dataclass
 from functools import lru_cache
@@ -16,6 +15,7 @@ import numpy as np
 from tqdm import tqdm
 
 from medmoco.data.nifti import VolumeError
+from medmoco.data.paths import inside
 from medmoco.data.volumes import (
     ABDOMEN_1K_IMAGES,
     ABDOMEN_1K_LABELS,
@@ -26,6 +26,7 @@ from medmoco.data.volumes import (
 )
 from medmoco.errors import UserError
 from medmoco.json_file import read_object
+from medmoco.printing import brief
 
 FOLDER_PAIRS = (("imagesTr", "labelsTr"), ("images", "labels"), ("img", "label"))
 MAX_VALUE = 255  # label maps are written as uint8
@@ -158,7 +159,8 @@ def _read_patients(path: str) -> dict[str, str]:
     for number, row in enumerate(rows, 1):
         if len(row) != 2:
             raise UserError(
-                f"--patients {path}: expected `case,patient` in row {number}, got {row}"
+                f"--patients {path}: expected `case,patient` in row {number}, "
+                f"got {brief(','.join(row))}"
             )
     return {volume_name(Path(case.strip())): patient.strip() for case, patient in rows}
 
@@ -166,8 +168,8 @@ def _read_patients(path: str) -> dict[str, str]:
 def _read_description(path: Path) -> dict[str, Any]:
     content = read_object(path)
     ending = content.get("file_ending", ".nii.gz")
-    if ending not in SUFFIXES:
-        raise UserError(f"{path}: expected file_ending .nii.gz or .nii, got {ending!r}")
+    if not isinstance(ending, str) or ending not in SUFFIXES:
+        raise UserError(f"{path}: expected file_ending .nii.gz or .nii, got {brief(ending)}")
     return content
 
 
@@ -179,27 +181,21 @@ def _listed_files(folder: Path, content: dict[str, Any]) -> dict[str, tuple[Path
         raise UserError(f'{path}: expected a list under "training", got {type(listed).__name__}')
     files = {}
     for entry in listed:
-        pair = (entry.get("image"), entry.get("label")) if isinstance(entry, dict) else (None, None)
-        if not (isinstance(pair[0], str) and isinstance(pair[1], str)):
+        names = [entry.get(key) for key in ("image", "label")] if isinstance(entry, dict) else []
+        named = [name for name in names if isinstance(name, str)]
+        if len(named) < 2:
             raise UserError(
-                f'{path}: expected {{"image": FILE, "label": FILE}} under "training", got {entry!r}'
+                f'{path}: expected {{"image": FILE, "label": FILE}} under "training", '
+                f"got {brief(entry)}"
             )
-        image, label = _inside(folder, pair[0]), _inside(folder, pair[1])
+        image, label = (inside(folder, name, path) for name in named)
         if volume_name(image) in files:
-            raise UserError(f"{path}: expected each case once, got {volume_name(image)} twice")
+            name = brief(volume_name(image))
+            raise UserError(f"{path}: expected each case once, got {name} twice")
         first_channel = image.with_name(image.name.replace(".nii", "_0000.nii"))
         chosen = first_channel if first_channel.is_file() and not image.is_file() else image
         files[volume_name(image)] = (chosen, label)
     return files
-
-
-def _inside(folder: Path, name: str) -> Path:
-    """Links may lead out of the folder: they are the user's own. Written paths may not."""
-    path = Path(os.path.normpath(folder / name))
-    if not path.is_relative_to(os.path.normpath(folder)):
-        description = folder / "dataset.json"
-        raise UserError(f"{description}: expected paths within the folder, got {name!r}")
-    return path
 
 
 def _paired_files(folder: Path) -> dict[str, tuple[Path, Path]]:
@@ -233,27 +229,34 @@ def _classes(path: Path, content: dict[str, Any]) -> tuple[tuple[str, ...], tupl
     """Class names and values from both styles: {"0": "liver"} and {"liver": 0}."""
     labels = content.get("labels")
     if not isinstance(labels, dict) or not labels:
-        raise UserError(f'{path}: expected an object of classes under "labels", got {labels!r}')
+        got = brief(labels)
+        raise UserError(f'{path}: expected an object of classes under "labels", got {got}')
     names: dict[int, str] = {}
     for key, item in labels.items():
         name, value = (key, item) if isinstance(item, int) else (item, key)
-        if not isinstance(name, str) or name == "ignore" or not str(value).isdecimal():
+        if not isinstance(name, str) or name == "ignore" or not _is_value(value):
             raise UserError(
                 f'{path}: expected a class name and a whole number under "labels", got '
-                f"{key!r}: {item!r} (regions and ignored labels are not supported)"
+                f"{brief(key)}: {brief(item)} (regions and ignored labels are not supported)"
             )
         if int(value) > MAX_VALUE or int(value) in names:
             raise UserError(
                 f'{path}: expected different values from 0 to {MAX_VALUE} under "labels", got '
-                f"{int(value)} for {name}"
+                f"{brief(int(value))} for {brief(name)}"
             )
         names[int(value)] = name
     names[0] = "background"
     if len(names) < 2 or len(set(names.values())) < len(names):
         raise UserError(
-            f"{path}: expected a class besides background, each name once, got {labels}"
+            f"{path}: expected a class besides background, each name once, got {brief(labels)}"
         )
     return tuple(names[value] for value in sorted(names)), tuple(sorted(names))
+
+
+def _is_value(value: object) -> bool:
+    """Whether this is a whole number of at least 0, or one in words, that is not absurdly long."""
+    text = str(value) if isinstance(value, (int, str)) and not isinstance(value, bool) else ""
+    return text.isascii() and text.isdecimal() and len(text) < 10
 
 
 def _discovered_classes(cases: tuple[Case, ...]) -> tuple[tuple[str, ...], tuple[int, ...]]:

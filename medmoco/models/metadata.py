@@ -4,11 +4,11 @@ import math
 from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
+from medmoco.data.nifti import MAX_SPACING
 from medmoco.errors import UserError
 from medmoco.printing import brief
 
 MAX_CANVAS = 2**14  # pixels a side
-MAX_SPACING = 1000.0  # mm a pixel
 
 
 def require_entries(content: Mapping[str, Any], names: Collection[str]) -> None:
