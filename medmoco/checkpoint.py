@@ -28,6 +28,10 @@ class Checkpoints:
     Args:
         path: of the last one, FOLDER/NAME.pt; the one before is FOLDER/NAME.previous.pt.
         identity: see `save_checkpoint`.
+
+    Attributes:
+        written: checkpoints, by this process.
+        seconds: that it took.
     """
 
     def __init__(self, path: Path, identity: dict[str, Any]) -> None:
@@ -35,7 +39,7 @@ class Checkpoints:
         self.previous = path.with_name(f"{path.stem}.previous{path.suffix}")
         self.identity = identity
         self._last_is_damaged = False
-        self._written, self._seconds = 0, 0.0
+        self.written, self.seconds = 0, 0.0
 
     def exist(self) -> bool:
         return self.path.is_file() or self.previous.is_file()
@@ -46,8 +50,8 @@ class Checkpoints:
         previous = None if self._last_is_damaged else self.previous
         save_checkpoint(self.path, self.identity, state, previous)
         self._last_is_damaged = False
-        self._written += 1
-        self._seconds += time.perf_counter() - started
+        self.written += 1
+        self.seconds += time.perf_counter() - started
 
     def load(self) -> dict[str, Any] | None:
         """The last state that is whole, None where none was saved yet.
@@ -80,18 +84,17 @@ class Checkpoints:
         for path in (self.path, self.previous):
             path.unlink(missing_ok=True)
 
-    def cost(self, seconds: float) -> dict[str, float]:
-        """Of what this process has written: number, size of the last one, time, share of it.
+    def cost(self, seconds: float) -> str:
+        """What this process has written, in words.
 
         Args:
             seconds: that the training took in this process, checkpoints included.
         """
-        return {
-            "written": self._written,
-            "megabytes": round(self.path.stat().st_size / 1e6, 3) if self.path.is_file() else 0.0,
-            "seconds": round(self._seconds, 4),
-            "share": round(self._seconds / seconds, 5) if seconds else 0.0,
-        }
+        size = self.path.stat().st_size / 1e6 if self.path.is_file() else 0.0
+        return (
+            f"{self.written} checkpoints of {size:.1f} MB in {self.seconds:.2f} s, "
+            f"{self.seconds / seconds:.1%} of the training"
+        )
 
 
 def save_checkpoint(

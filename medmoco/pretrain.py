@@ -20,6 +20,7 @@ from medmoco.output import write_json
 from medmoco.pretraining import Pretraining
 from medmoco.printing import say
 from medmoco.report import write_plots, write_report
+from medmoco.signals import stopping_at_once
 
 
 @dataclass(frozen=True)
@@ -197,6 +198,18 @@ def with_init(config: Config) -> Config:
     return config
 
 
+@stopping_at_once("after the training; what is finished is kept")
+def write_summary(run: Pretraining) -> None:
+    """Writes summary.json, the plots and report.html of a run that is over."""
+    output = run.output
+    write_json(output / "summary.json", run.summary())
+    write_plots(output)
+    report = write_report([output], output / "report.html")
+    encoder = output / "encoder.pt"
+    print(f"\nencoder: {encoder}\nreport:  {report}")
+    print(f"next:    python -m medmoco.segment --task DIR --encoder {encoder}")
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     """The command `medmoco pretrain`."""
     config = parse(PretrainConfig, argv, prog="medmoco pretrain", description=__doc__)
@@ -210,12 +223,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         run.run()
     if launch().rank != 0:
         return
-    write_json(config.output / "summary.json", run.summary())
-    write_plots(config.output)
-    report = write_report([config.output], config.output / "report.html")
-    encoder = config.output / "encoder.pt"
-    print(f"\nencoder: {encoder}\nreport:  {report}")
-    print(f"next:    python -m medmoco.segment --task DIR --encoder {encoder}")
+    write_summary(run)
 
 
 if __name__ == "__main__":

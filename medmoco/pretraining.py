@@ -141,6 +141,8 @@ class Pretraining:
             if stopping:  # after the last step, so that what follows does not keep it waiting
                 raise Stopped(f"saved step {self.step} of {self.total_steps}")
         self.seconds = time.monotonic() - started
+        if self.checkpoints.written:  # by rank 0
+            print(f"pretrain: {self.checkpoints.cost(self.seconds)}")
         if rank() == 0:
             save_encoder(self.output / "encoder.pt", self.model.query.encoder, **self.metadata())
         return self.diagnostics
@@ -357,7 +359,10 @@ class Pretraining:
             "controls": {},
             "bad_files": [dataclasses.asdict(file) for file in self.cache.bad],
             "warnings": self.diagnostics["warnings"],
-            "checkpoints": self.checkpoints.cost(self.seconds),
+            "seconds": {
+                "pretrain": round(self.seconds, 1),
+                "checkpoints": round(self.checkpoints.seconds, 3),
+            },
         }
 
     def _identity(self) -> dict[str, Any]:

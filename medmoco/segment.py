@@ -209,16 +209,15 @@ def run_stages(segmentation: Segmentation, encoder: Encoder | None, output: Path
     """
     config = segmentation.config
     results: dict[str, Any] = {"linear": None, "finetune": None, "controls": {}}
-    with stopping_at_once("in segmentation; what is finished is kept"):
-        for stage, control in CONTROLS.items():
-            if config.mode not in (stage, "both"):
-                continue
-            if encoder is not None:
-                results[stage] = segmentation.run(stage, "pretrained", encoder, output)
-            if encoder is None or config.controls:
-                result = segmentation.run(stage, control, None, output)
-                results["controls"][f"{stage}_{control}"] = result
-        write_cases(output, segmentation.cache, results)
+    for stage, control in CONTROLS.items():
+        if config.mode not in (stage, "both"):
+            continue
+        if encoder is not None:
+            results[stage] = segmentation.run(stage, "pretrained", encoder, output)
+        if encoder is None or config.controls:
+            result = segmentation.run(stage, control, None, output)
+            results["controls"][f"{stage}_{control}"] = result
+    write_cases(output, segmentation.cache, results)
     return results
 
 
@@ -252,6 +251,7 @@ def _shown(dice: float | None) -> str:
     return "-" if dice is None else f"{dice:.3f}"
 
 
+@stopping_at_once("outside of a training; what is finished is kept")
 def run_and_summarise(
     segmentation: Segmentation, encoder: Encoder | None, metadata: dict[str, Any]
 ) -> dict[str, Any]:

@@ -6,7 +6,6 @@ works; no claim about a method rests on phantoms.
 
 import dataclasses
 import sys
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +16,7 @@ from medmoco.config import option, parse
 from medmoco.data.phantom import generate_phantom
 from medmoco.data.splits import write_split
 from medmoco.distributed import joined, launch, own_device
+from medmoco.downstream import Segmentation
 from medmoco.errors import UserError
 from medmoco.labelled import read_split
 from medmoco.launch import choose_output, create_run
@@ -28,6 +28,7 @@ from medmoco.pretraining import Pretraining
 from medmoco.printing import say
 from medmoco.report import next_command, read_run, write_plots, write_report
 from medmoco.segment import SegmentConfig, dice_table, prepare, run_stages, stage_seconds
+from medmoco.signals import stopping_at_once
 
 # What fits the phantom's few small slices, and two CPU cores in minutes; flags win.
 PHANTOM_FLAGS: dict[str, Any] = {
@@ -84,12 +85,18 @@ def main(argv: Sequence[str] | None = None) -> None:
         if launch().rank == 0:
             # As asked: --resume and --config then take the same road to the data, or phantoms.
             create_run(dataclasses.replace(config, data=asked.data, task=asked.task), "train")
-        started = time.monotonic()
         pretraining.run()
     if launch().rank != 0:  # segmentation is the work of one process
         return
+    segment_and_report(config, pretraining, segmentation)
+
+
+@stopping_at_once("outside of a training; what is finished is kept")
+def segment_and_report(
+    config: TrainConfig, pretraining: Pretraining, segmentation: Segmentation | None
+) -> None:
+    """What follows pretraining: segmentation, summary.json, the plots and report.html."""
     summary = pretraining.summary()
-    summary["seconds"] = {"pretrain": round(time.monotonic() - started, 1)}
     if segmentation is not None:
         write_split(config.output / "split.json", segmentation.split)
         encoder, _ = load_encoder(config.output / "encoder.pt")
@@ -97,7 +104,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         summary |= results
         summary["classes"] = list(segmentation.cache.classes)
         bad = {
-            file.path: dataclasses.asdict(file) for file in (*cache.bad, *segmentation.cache.bad)
+            file.path: dataclasses.asdict(file)
+            for file in (*pretraining.cache.bad, *segmentation.cache.bad)
         }
         summary["bad_files"] = list(bad.values())
         summary["seconds"]["segment"] = stage_seconds(results)

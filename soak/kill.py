@@ -23,7 +23,7 @@ from pathlib import Path
 
 import torch
 
-from medmoco import pretrain, pretraining, train
+from medmoco import finetune, pretrain, pretraining, train
 from medmoco.command import run_command
 from medmoco.data.phantom import generate_phantom
 from same_run import differences
@@ -65,7 +65,8 @@ class Job:
         os.dup2(log, 1)
         os.dup2(log, 2)
         torch.set_num_threads(1)
-        pretraining.CHECKPOINT_SECONDS = 0  # after every step, so that kills meet it everywhere
+        # After every step, so that kills meet it everywhere.
+        pretraining.CHECKPOINT_SECONDS = finetune.CHECKPOINT_SECONDS = 0
         os._exit(run_command(pretrain.main if self.pretraining_only else train.main, self._flags()))
 
     def _flags(self) -> list[str]:
@@ -87,7 +88,7 @@ class Watch:
 
     def look(self) -> None:
         states: dict[str, object] = {
-            "checkpoint": sorted(self.job.run.glob("checkpoints/.last.pt.*")),
+            "checkpoint": sorted(self.job.run.glob("checkpoints/.*.pt.*")),
             "cache": _sizes(self.job.folder / "cache"),
             "metrics": _sizes(self.job.run / "metrics.jsonl"),
         }

@@ -8,8 +8,8 @@ import torch
 
 from medmoco.tensor_file import load_tensors
 
-# Parts of the names of what is each process's own: durations, and what it counts from its start.
-OWN = ("seconds", "per_second", "data_wait", "checkpoints")
+# Parts of the names of what is each process's own: durations.
+OWN = ("seconds", "per_second", "data_wait")
 
 
 def differences(expected: Path, found: Path) -> list[str]:

@@ -204,10 +204,7 @@ def test_without_any_there_is_nothing_to_load(checkpoints):
     assert not list(checkpoints.path.parent.iterdir())
 
 
-def test_what_they_cost_is_counted(checkpoints):
-    cost = checkpoints.cost(seconds=1000.0)
-    assert cost["written"] == 3
-    assert cost["megabytes"] == pytest.approx(checkpoints.path.stat().st_size / 1e6, abs=1e-3)
-    assert 0 < cost["seconds"] < 1000
-    assert cost["share"] == pytest.approx(cost["seconds"] / 1000, abs=1e-4)
-    assert Checkpoints(checkpoints.path, IDENTITY).cost(seconds=0.0)["written"] == 0
+def test_what_they_cost_is_told(checkpoints):
+    checkpoints.seconds = 0.5
+    size = f"{checkpoints.path.stat().st_size / 1e6:.1f}"
+    assert checkpoints.cost(20.0) == f"3 checkpoints of {size} MB in 0.50 s, 2.5% of the training"

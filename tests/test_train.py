@@ -12,6 +12,7 @@ import torch
 from medmoco import train
 from medmoco.command import run_command
 from medmoco.config import parse
+from medmoco.data.store import SliceCache
 from medmoco.labelled import read_split
 
 TINY = ["--width", "0.125", "--image-size", "32", "--output-stride", "8", "--batch-size", "8"]
@@ -63,7 +64,7 @@ def test_test_patients_are_seen_by_nobody_before_the_test(run):
     tested = json.loads((output / "summary.json").read_text())["finetune"]["dice_per_volume"]
     assert set(tested) == set(split["test"])
     caches = (output.parent / ".medmoco-cache").glob("*/index.json")
-    cached = [{v["case"] for v in json.loads(c.read_text())["volumes"]} for c in caches]
+    cached = [{volume.case for volume in SliceCache(path.parent).volumes} for path in caches]
     assert set(split["pretrain"]) in cached  # what pretraining read, and nothing more
 
 
