@@ -28,7 +28,7 @@ from medmoco.data.store import INDEX_NAME, TABLE_NAME, CacheSettings
 from medmoco.data.table import VolumeEntry, VolumeTable
 from medmoco.data.volumes import BadFile, Grid, read_volume, stack_axes, to_stack
 from medmoco.errors import UserError
-from medmoco.output import write_json
+from medmoco.output import remove_leftovers, write_json
 from medmoco.printing import say
 
 JOURNAL_NAME = "journal.jsonl"
@@ -53,8 +53,12 @@ def build(plan: Plan, directory: Path, partial: Path, workers: int, skip_bad: bo
         OSError: a file cannot be written.
     """
     journal = Journal(partial / JOURNAL_NAME, plan.digest())
+    if not journal.found:
+        shutil.rmtree(partial, ignore_errors=True)  # of another plan, or before its first volume
     _announce(plan, directory.parent, journal)
     partial.mkdir(exist_ok=True)
+    for name in (JOURNAL_NAME, INDEX_NAME):
+        remove_leftovers(partial / name)
     with journal:
         shards = plan.shards(partial)
         for kind in shards:

@@ -22,6 +22,8 @@ from medmoco.data.volumes import AXIS_NAMES
 from medmoco.errors import UserError
 from medmoco.printing import say
 
+MAX_AT_ONCE = 8  # volumes that are converted, where nobody says how many
+
 __all__ = [
     "CacheSettings",
     "SliceCache",
@@ -52,7 +54,8 @@ def build_cache(
         classes: names of the label classes, for sources with labels.
         values: the value that stands for each class in the label files.
         skip_bad: leave bad volumes out (they are listed in `SliceCache.bad`) instead of stopping.
-        workers: volumes that are converted at once, as far as the memory allows; default: cores.
+        workers: volumes that are converted at once, as far as the memory allows; default: cores, 8
+            at most.
 
     Raises:
         UserError: names all bad files together, each with its reason; CT and MR are mixed; or the
@@ -76,7 +79,7 @@ def build_cache(
                     labelled = (tuple(classes), tuple(values)) if classes and values else ((), ())
                     plan = make_plan(sources, settings, *labelled)
                     partial = root / f".{key}.partial"
-                    build(plan, directory, partial, workers or _cores(), skip_bad)
+                    build(plan, directory, partial, workers or min(MAX_AT_ONCE, _cores()), skip_bad)
         except OSError as error:
             raise UserError(f"{root}: the slice cache cannot be written: {error}") from error
     cache = SliceCache(directory) if found is None else found

@@ -6,6 +6,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import TextIO
 
+from medmoco.output import write_text
+
 
 @dataclass(frozen=True)
 class Converted:
@@ -42,10 +44,9 @@ class Journal:
         self._file: TextIO | None = None
 
     def __enter__(self) -> "Journal":
-        self._file = open(self._path, "w", encoding="ascii")
-        self._write({"plan": self._plan})
-        for volume in self.found.values():
-            self._write(asdict(volume))
+        known = [{"plan": self._plan}, *map(asdict, self.found.values())]
+        write_text(self._path, "".join(json.dumps(record) + "\n" for record in known))
+        self._file = open(self._path, "a", encoding="ascii")
         return self
 
     def __exit__(
@@ -59,13 +60,10 @@ class Journal:
 
     def add(self, volume: Converted) -> None:
         """Call it when the volume's voxels are written."""
-        if self.found.get(volume.number) != volume:
-            self._write(asdict(volume))
-
-    def _write(self, record: dict) -> None:
         assert self._file is not None
-        self._file.write(json.dumps(record) + "\n")
-        self._file.flush()
+        if self.found.get(volume.number) != volume:
+            self._file.write(json.dumps(asdict(volume)) + "\n")
+            self._file.flush()
 
     def _read(self) -> dict[int, Converted]:
         try:

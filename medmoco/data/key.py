@@ -13,6 +13,7 @@ from medmoco.data.store import CacheSettings
 
 VERSION = 2  # of the cache's files and of the conversion
 READERS = 16  # threads; they wait for the disk
+BATCH = 16  # volumes that a thread takes at a time
 EDGE_BYTES = 64 << 10  # of each end of a file; a .gz ends with CRC and length
 
 
@@ -28,17 +29,20 @@ def cache_key(
     digest.update(json.dumps(described).encode())
     for source in sources:
         digest.update(json.dumps([source.case, source.patient]).encode())
-    paths = [path for source in sources for path in (source.image, source.label)]
+    batches = [sources[start : start + BATCH] for start in range(0, len(sources), BATCH)]
     with ThreadPoolExecutor(READERS) as pool:
-        for fingerprint in pool.map(_fingerprint, paths):
-            digest.update(fingerprint)
+        for fingerprints in pool.map(_fingerprints, batches):
+            digest.update(fingerprints)
     return digest.hexdigest()
 
 
-def _fingerprint(path: Path | None) -> bytes:
+def _fingerprints(sources: Sequence[Source]) -> bytes:
+    paths = [path for source in sources for path in (source.image, source.label)]
+    return b"".join(_fingerprint(path) if path else b"no label" for path in paths)
+
+
+def _fingerprint(path: Path) -> bytes:
     """Path, size, both ends; also the time of a file that is not compressed: it has no checksum."""
-    if path is None:
-        return b"no label"
     name = os.fsencode(os.path.abspath(path))
     try:
         with open(path, "rb") as file:
