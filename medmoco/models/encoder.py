@@ -223,7 +223,7 @@ def load_encoder(path: Path) -> tuple[Encoder, dict[str, Any]]:
             settings = (content.pop(k) for k in ("arch", "width", "output_stride", "in_channels"))
             encoder = Encoder(*settings)
     except Exception as error:  # the settings can be anything
-        reason = str(error).split("\n", 1)[0]  # PyTorch's messages go on with stack frames
+        reason = str(error).split("\n", 1)[0][:200]  # PyTorch's messages go on with stack frames
         raise UserError(f"{path}: the encoder's settings are damaged: {reason}") from error
     state = content.pop("state_dict", None)
     problem = mismatch(encoder.state_dict(), state)

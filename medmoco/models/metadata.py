@@ -42,6 +42,12 @@ def _are_names(value: Any) -> bool:
 
 # What an entry is, and how a message says so.
 EXPECTED: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "arch": (lambda v: type(v) is str, "a name"),
+    "width": (_is_real, "a number"),
+    "output_stride": (lambda v: _is_whole(v, 1, 64), "a whole number of pixels"),
+    "in_channels": (lambda v: _is_whole(v, 1, 2**16), "a whole number from 1 to 65536"),
+    "decoder": (lambda v: type(v) is str, "a name"),
+    "whitening_group": (lambda v: v is None or _is_whole(v, 1, 2**16), "a number of channels"),
     "method": (lambda v: v is None or type(v) is str, "a name"),
     "image_size": (
         lambda v: _is_whole(v, 1, MAX_CANVAS),

@@ -13,7 +13,7 @@ from medmoco.data.store import CacheSettings
 from medmoco.errors import UserError
 from medmoco.models.decoders import DECODERS
 from medmoco.models.encoder import Encoder, fold_whitening, mismatch
-from medmoco.models.metadata import require_entries
+from medmoco.models.metadata import EXPECTED, require_entries
 from medmoco.models.whitening import MapWhitening, group_of
 from medmoco.output import save_torch
 from medmoco.printing import brief
@@ -24,7 +24,6 @@ FOLDER = "segmenters"  # in a run; which of its models is taken, the first that 
 PREFERENCE = ("finetune-pretrained", "finetune-scratch", "linear-pretrained", "linear-random")
 MAX_CLASSES = 256  # a class index is a uint8
 MAX_VALUE = 65535  # of a label map
-ENTRIES = ("image_size", "spacing", "modality", "slice_axis", "window", "channel")
 
 
 @dataclass(frozen=True)
@@ -106,7 +105,7 @@ def load_segmenter(path: Path) -> Segmenter:
     require_format(path, content, "a segmenter", FORMAT, VERSION)
     try:
         classes, values = _classes(content["classes"], content["values"])
-        require_entries(content, ENTRIES)
+        require_entries(content, EXPECTED)
         grid = PixelGrid(content["image_size"], float(content["spacing"]))
         modality, axis, channel = (content[k] for k in ("modality", "slice_axis", "channel"))
         low, high = content["window"]
@@ -119,7 +118,7 @@ def load_segmenter(path: Path) -> Segmenter:
                 encoder.whitening = MapWhitening(encoder.channels[-1], content["whitening_group"])
             model = DECODERS[content["decoder"]](encoder, len(classes))
     except Exception as error:  # the entries can be anything
-        reason = str(error).split("\n", 1)[0]  # PyTorch's messages go on with stack frames
+        reason = str(error).split("\n", 1)[0][:200]  # PyTorch's messages go on with stack frames
         if isinstance(error, KeyError):
             reason = f"no or unknown {reason}"
         raise UserError(f"{path}: the segmenter's settings are damaged: {reason}") from error
