@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from medmoco.errors import UserError
-from medmoco.output import save_torch
+from medmoco.output import make_folder, save_torch
 from medmoco.printing import brief
 from medmoco.tensor_file import DamagedFile, load_sealed, require_format
 
@@ -41,8 +41,12 @@ class Checkpoints:
         self._last_is_damaged = False
         self.written, self.seconds = 0, 0.0
 
+    def newest(self) -> Path | None:
+        """The file that was written last; None where none was."""
+        return next((path for path in (self.path, self.previous) if path.is_file()), None)
+
     def exist(self) -> bool:
-        return self.path.is_file() or self.previous.is_file()
+        return self.newest() is not None
 
     def save(self, state: dict[str, Any]) -> None:
         started = time.perf_counter()
@@ -108,7 +112,7 @@ def save_checkpoint(
         state: tensors and plain values.
         previous: where the file goes that is at `path` now; None to replace it.
     """
-    path.parent.mkdir(exist_ok=True)
+    make_folder(path.parent)
     content = {"format": FORMAT, "version": VERSION, "identity": identity, "state": state}
     save_torch(path, content, previous)
 

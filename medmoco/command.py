@@ -6,7 +6,7 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 
 from medmoco.distributed import LostRank, await_launcher, launch, record_failure
-from medmoco.errors import UserError
+from medmoco.errors import Fault, UserError
 from medmoco.printing import print_any_name, visible
 from medmoco.signals import Stopped
 
@@ -14,8 +14,9 @@ from medmoco.signals import Stopped
 def run_command(
     main: Callable[[Sequence[str] | None], None], argv: Sequence[str] | None = None
 ) -> int:
-    """Runs a command; the exit status: 0 done or stopped as asked, 2 for an error to mend.
+    """Runs a command; the exit status.
 
+    0 done or stopped as asked, 1 for a fault in the middle of a run, 2 for an error to mend.
     Of several ranks the first one speaks on standard output; errors are told by whom they meet.
     """
     print_any_name()
@@ -25,7 +26,7 @@ def run_command(
     except UserError as error:
         print("error: " + visible(error, keep="\n"), file=sys.stderr)
         record_failure(error)
-        return 2
+        return 1 if isinstance(error, Fault) else 2
     except Stopped as stopped:
         if launch().rank == 0:
             print(f"{stopped}; --resume goes on from there", file=sys.stderr)

@@ -33,7 +33,7 @@ from medmoco.models.decoders import DECODERS
 from medmoco.models.encoder import Encoder
 from medmoco.models.moco import recalibrate_batchnorm
 from medmoco.models.segmenter import FOLDER, Segmenter, save_segmenter
-from medmoco.output import write_json
+from medmoco.output import make_folder, write_json
 from medmoco.printing import say
 from medmoco.progress import ProgressPlot
 from medmoco.validation import hold_out
@@ -162,7 +162,7 @@ class Segmentation:
 
     def _save(self, path: Path, model: nn.Module, decoder: str) -> None:
         cache = self.cache
-        path.parent.mkdir(parents=True, exist_ok=True)
+        make_folder(path.parent)
         save_segmenter(
             path,
             Segmenter(model, decoder, cache.classes, cache.values, self.grid, cache.settings),

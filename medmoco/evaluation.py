@@ -13,6 +13,7 @@ from medmoco.data.slices import PixelGrid
 from medmoco.data.store import SliceCache
 from medmoco.data.volumes import label_type, write_label_map
 from medmoco.metrics import DiceTable
+from medmoco.output import make_folder
 from medmoco.prediction import Member, predict_stack
 
 
@@ -42,7 +43,7 @@ def evaluate(
     Returns:
         The result of `DiceTable`.
     """
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder)
     numbers = {case: number for number, case in enumerate(cache.volumes.names("case"))}
     value_of = np.asarray(cache.values, label_type(cache.values))
     table = DiceTable(cache.classes)

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from medmoco.epoch_table import scalars
 from medmoco.errors import UserError
+from medmoco.output import writing
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
@@ -38,10 +39,11 @@ class EventFiles:
         from torch.utils.tensorboard import SummaryWriter  # the package is optional
 
         run = run_of(record)
-        if run not in self._writers:
-            self._writers[run] = SummaryWriter(str(self.folder / run))
-        for name, value in scalars(record).items():
-            self._writers[run].add_scalar(f"{record['stage']}/{name}", value, record["step"])
+        with writing(self.folder / run):
+            if run not in self._writers:
+                self._writers[run] = SummaryWriter(str(self.folder / run))
+            for name, value in scalars(record).items():
+                self._writers[run].add_scalar(f"{record['stage']}/{name}", value, record["step"])
 
     def rebuild(self, run: str, records: Iterable[dict[str, Any]]) -> None:
         """Makes the files of `run` anew, and those of other runs that have none.
@@ -57,8 +59,9 @@ class EventFiles:
         self.flush()
 
     def flush(self) -> None:
-        for writer in self._writers.values():
-            writer.flush()
+        with writing(self.folder):
+            for writer in self._writers.values():
+                writer.flush()
 
     def close(self) -> None:
         for writer in self._writers.values():

@@ -12,6 +12,7 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from medmoco.checkpoint import SECONDS as CHECKPOINT_SECONDS
+from medmoco.data.delivery import delivered
 from medmoco.data.views import ViewConfig, change_intensities
 from medmoco.errors import UserError
 from medmoco.finetune_course import Course
@@ -133,7 +134,7 @@ def finetune(
     ):
         while not course.finished:
             course.resume_epoch(batch_size)
-            for batch in batches:
+            for batch in delivered(batches, at_break=lambda: save_if(True)):
                 loss, counts = train_step(
                     model, optimizer, batch, generator, amp_dtype, class_weights
                 )

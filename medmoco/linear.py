@@ -16,6 +16,7 @@ from torch.nn import functional
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
+from medmoco.data.delivery import delivered
 from medmoco.errors import UserError
 from medmoco.losses import dice_cross_entropy
 from medmoco.models.decoders import LinearDecoder
@@ -123,7 +124,7 @@ def sample_pixels(
     are seen; the weights undo this. Padding around a slice is left out.
     """
     counts = torch.zeros(classes, dtype=torch.int64)
-    for batch in batches:
+    for batch in delivered(batches):
         inside = batch["label"][content_mask(batch)]
         counts += torch.bincount(inside, minlength=classes)
     quota = torch.full((classes,), MAX_PIXELS / 2 / max(1, classes - 1))
@@ -132,7 +133,7 @@ def sample_pixels(
 
     features, labels, weights, items = [], [], [], []
     first_item = 0
-    for batch in tqdm(batches, desc="linear: features", unit="batch", disable=None):
+    for batch in delivered(tqdm(batches, desc="linear: features", unit="batch", disable=None)):
         label = batch["label"]
         drawn = torch.rand(label.shape, generator=generator) < share[label]
         picked = drawn & content_mask(batch)

@@ -56,6 +56,9 @@ class MetricsLog:
     def hold(self, record: dict[str, Any]) -> None:
         self._held.append(record)
 
+    def holds_any(self) -> bool:
+        return bool(self._held)
+
     def flush(self, **common: Any) -> list[dict[str, Any]]:
         """Writes what is held, `common` added to each record, and returns it.
 

@@ -14,11 +14,43 @@ from typing import Any, BinaryIO
 
 import torch
 
-from medmoco.errors import UserError
+from medmoco.errors import Fault, UserError
 from medmoco.json_file import read_object
 from medmoco.seal import seal
 
 CONFIG_NAME = "config.json"
+
+
+class WriteError(Fault, OSError):
+    """A file or folder that cannot be written, `strerror` says why.
+
+    What was there before is whole.
+    """
+
+    def __init__(self, path: Path, cause: OSError):
+        super().__init__(cause.errno, cause.strerror or str(cause), str(path))
+
+    def __str__(self) -> str:
+        return f"{self.filename}: cannot be written: {self.strerror}"
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Context in which an OSError becomes the WriteError of `path`: a full disk names no file."""
+    try:
+        yield
+    except OSError as error:
+        raise WriteError(path, error) from error
+
+
+def make_folder(path: Path) -> None:
+    """Makes a folder and its parents if need be.
+
+    Raises:
+        WriteError: it cannot be made.
+    """
+    with writing(path):
+        path.mkdir(parents=True, exist_ok=True)
 
 
 def check_output(folder: Path, *, resume: bool, overwrite: bool) -> None:
@@ -90,8 +122,16 @@ def atomic_file(path: Path, previous: Path | None = None) -> Iterator[BinaryIO]:
 
     Until the end of the context it is a hidden one beside `path`. The file whose place it takes
     becomes `previous`, in the same folder, if that is given.
+
+    Raises:
+        WriteError: the disk is full, the folder read-only or away, ...; `path` is as it was.
     """
-    path = Path(path)
+    with writing(path), _renamed_when_whole(Path(path), previous) as file:
+        yield file
+
+
+@contextmanager
+def _renamed_when_whole(path: Path, previous: Path | None) -> Iterator[BinaryIO]:
     handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
     try:
         with os.fdopen(handle, "wb") as file:
@@ -158,5 +198,5 @@ def save_torch(path: Path, value: Any, previous: Path | None = None) -> None:
 def append_jsonl(path: Path, record: dict[str, Any]) -> None:
     """Appends one JSON object as one line, in one write."""
     line = json.dumps(record, allow_nan=False) + "\n"
-    with open(path, "a", encoding="utf-8") as file:
+    with writing(path), open(path, "a", encoding="utf-8") as file:
         file.write(line)

@@ -18,6 +18,7 @@ from tqdm import tqdm
 import medmoco
 from medmoco.checkpoint import SECONDS as CHECKPOINT_SECONDS
 from medmoco.checkpoint import Checkpoints
+from medmoco.data.delivery import delivered
 from medmoco.data.slices import PixelGrid, SliceDataset, choose_grid
 from medmoco.data.store import SliceCache
 from medmoco.data.stream import EpochSampler, hold_out_patients, make_loader
@@ -25,7 +26,7 @@ from medmoco.data.views import View, ViewConfig, sample_views
 from medmoco.diagnostics import collapse_warnings, diagnose
 from medmoco.distributed import any_rank, average_over_ranks, own_device, rank, require_same, world
 from medmoco.divergence import NonFiniteLoss, all_finite, diverged
-from medmoco.errors import UserError
+from medmoco.errors import UserError, telling_what_is_kept
 from medmoco.methods import build_model
 from medmoco.metrics_log import MetricsLog, SilentLog, StepClock
 from medmoco.models.encoder import save_encoder
@@ -117,13 +118,19 @@ class Pretraining:
         Raises:
             Stopped: a signal asked for it; the state is saved.
             UserError: the loss or a weight is not finite.
+            Fault: a file cannot be written, or the loader died.
         """
         if self.config.resume:
             self.restore()
         self._require_agreement()
         print(self._introduction(), flush=True)
         started = time.monotonic()
-        with self.metrics, StopRequest() as stop, self._progress_bar() as bar:
+        with (
+            telling_what_is_kept(self._kept),
+            self.metrics,
+            StopRequest() as stop,
+            self._progress_bar() as bar,
+        ):
             if not self.diagnostics:
                 bar.set_postfix_str(f"filling the queue with {self.config.queue_size:,} keys")
                 self._start(stop)
@@ -155,22 +162,26 @@ class Pretraining:
         self.model.train()
         clock = StepClock()
         saved = time.monotonic()
-        for batch in self.loader:
+        for batch in delivered(self.loader, lambda: self._save_between_steps(bar, clock)):
             clock.data_ready()
             self.metrics.hold(self._train_step(batch))
             clock.step_done(self.config.batch_size)
             bar.update()
             late = time.monotonic() - saved > CHECKPOINT_SECONDS
             stopping, late = any_rank(stop.asked, late)
-            due = stopping or late
-            if due or self.step % LOG_EVERY == 0 or self.step % self.sampler.batches == 0:
-                self._log(bar, clock)
-            if due:
-                self._require_finite_state()
-                self.save()
+            if stopping or late:
+                self._save_between_steps(bar, clock)
                 saved = time.monotonic()
+            elif self.step % LOG_EVERY == 0 or self.step % self.sampler.batches == 0:
+                self._log(bar, clock)
             if stopping:
                 raise Stopped(f"saved step {self.step} of {self.total_steps}")
+
+    def _save_between_steps(self, bar: tqdm, clock: StepClock) -> None:
+        if self.metrics.holds_any():
+            self._log(bar, clock)
+        self._require_finite_state()
+        self.save()
 
     def _train_step(self, batch: dict[str, Tensor]) -> dict[str, Any]:
         lr = 0.5 * self.config.lr * (1 + math.cos(math.pi * self.step / self.total_steps))
@@ -250,7 +261,7 @@ class Pretraining:
         """Batches in the orders of epochs that the training does not reach."""
         for epoch in itertools.count(self.config.epochs):
             self.sampler.start(epoch)
-            yield from self.loader
+            yield from delivered(self.loader)
 
     # --- diagnostics, saving, export ----------------------------------------------------------
 
@@ -263,7 +274,7 @@ class Pretraining:
         """Looks at features and embeddings of held-out slices, un-augmented, in eval mode."""
         self.model.query.eval()
         features, embeddings = [], []
-        for batch in self.held_out:
+        for batch in delivered(self.held_out):
             embedding = self.model.query(batch["image"].to(self.device))
             features.append(embedding.pooled.float().cpu())
             embeddings.append(embedding.projection.float().cpu())
@@ -296,8 +307,7 @@ class Pretraining:
 
     def _diverged(self, what: str, step: int) -> UserError:
         slices = dict(self.batches).get(step, torch.empty(0)).tolist()
-        written = self.checkpoints.path if self.checkpoints.exist() else None
-        return diverged(what, step, slices, self.cache, written)
+        return diverged(what, step, slices, self.cache, self.checkpoints.newest())
 
     def save(self) -> None:
         """Writes the full state, the same on all ranks; `restore` goes on from it bit for bit."""
@@ -314,6 +324,12 @@ class Pretraining:
         }
         self.metrics.sync()
         self.checkpoints.save(state)
+
+    def _kept(self) -> str:
+        path = self.checkpoints.newest()
+        if path is not None:
+            return f"{path} is whole, and --resume goes on from it"
+        return "no checkpoint was written yet, and --resume begins again"
 
     def restore(self) -> None:
         """Goes on from the last checkpoint, or from the beginning where none was written yet.

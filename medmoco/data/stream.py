@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Sampler
 from tqdm import tqdm
 
+from medmoco.data.delivery import delivered
 from medmoco.data.slices import SliceDataset, number_type
 from medmoco.data.store import SliceCache
 from medmoco.distributed import own_part, rank
@@ -76,11 +77,14 @@ class ResidentLoader:
             generator=torch.Generator().manual_seed(sampler.seed),
         )
         parts: dict[str, list[Tensor]] = {}
-        for batch in tqdm(
-            batches, desc=f"slices to {device}", unit="batch", disable=rank() > 0 or None
-        ):
+        bar = tqdm(
+            total=len(batches), desc=f"slices to {device}", unit="batch", disable=rank() > 0 or None
+        )
+        for batch in delivered(batches):
+            bar.update()
             for name, values in batch.items():
                 parts.setdefault(name, []).append(values.to(device))
+        bar.close()
         self.slices = {name: torch.cat(values) for name, values in parts.items()}
 
     def __iter__(self) -> Iterator[dict[str, Tensor]]:
