@@ -33,7 +33,7 @@ from medmoco.printing import say
 
 JOURNAL_NAME = "journal.jsonl"
 MEMORY_SHARE = 0.5  # of what is free, for the volumes that are converted at once
-BYTES_PER_VOXEL = 24  # of a volume that is converted with its labels, at the most
+BYTES_PER_VOXEL = 24  # of a volume that is converted: 6 without labels, more by type of labels
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
