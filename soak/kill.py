@@ -117,6 +117,7 @@ class KillRun:
         self.pretraining_only = pretraining_only
         self.random = random.Random(seed)
         self.kills: Counter[str] = Counter()
+        self.runs = 0
         self.unbroken = self._job("unbroken")
         started = time.monotonic()
         watch = Watch(self.unbroken)
@@ -136,7 +137,8 @@ class KillRun:
 
     def kill_until_finished(self, most: int) -> list[str]:
         """Kills one run up to `most` times, lets it finish, and says what is wrong with it."""
-        job = self._job(f"killed-{sum(self.kills.values())}")
+        self.runs += 1
+        job = self._job(f"killed-{self.runs}")
         for _ in range(most):
             process = job.start()
             if not self._kill(job, process):
