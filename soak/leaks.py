@@ -85,7 +85,8 @@ def anonymous_memory(pid: int) -> float:
 def growth(samples: Sequence[Sample], steps: int) -> list[str]:
     """What grew from the second to the last quarter of the steps; empty if nothing did."""
     quarters = [
-        [s for s in samples if first * steps < s.step <= last * steps]
+        # Without the last step, after which the workers end.
+        [s for s in samples if first * steps < s.step < last * steps]
         for first, last in ((0.25, 0.5), (0.75, 1.0))
     ]
     if not all(quarters):

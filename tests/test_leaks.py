@@ -30,6 +30,11 @@ def test_what_grows_is_found(name, by):
     assert growth([Sample(step=step, **steady) for step in range(1, 1001)], 1000) == []
 
 
+def test_what_ends_after_the_last_step_hides_no_growth():
+    samples = [Sample(step, 500.0, step, 3) for step in range(1, 1001)]
+    assert growth([*samples, Sample(1000, 400.0, 0, 1)], 1000)
+
+
 def test_descendants_are_counted_with_their_files():
     command = "import subprocess, sys; subprocess.run([sys.executable, '-c', 'input()'])"
     parent = subprocess.Popen([sys.executable, "-c", command], stdin=subprocess.PIPE)
