@@ -192,25 +192,23 @@ def test_a_finished_run_resumes_to_the_same_result(unbroken):
     assert_identical(state(unbroken), before)
 
 
-@pytest.mark.parametrize("workers", ["0", "2"])
 def test_sigusr1_stops_too_and_loader_processes_change_nothing(
-    flags, unbroken, tmp_path, monkeypatch, workers
+    flags, unbroken, tmp_path, monkeypatch
 ):
     output = tmp_path / "stopped"
-    choice = [*flags, "--workers", workers, "--output", str(output)]
+    choice = [*flags, "--workers", "2", "--output", str(output)]
     stop_at_step(monkeypatch, 8, choice, signal.SIGUSR1)
     pretrain.main(["--output", str(output), "--resume"])
     assert_same_end(unbroken, output)
 
 
-@pytest.mark.parametrize("size", [0, 5000], ids=["empty", "cut off"])
 def test_a_damaged_checkpoint_is_named_and_the_run_goes_on_from_the_one_before(
-    flags, unbroken, tmp_path, monkeypatch, capsys, size
+    flags, unbroken, tmp_path, monkeypatch, capsys
 ):
     output = tmp_path / "stopped"
     stop_at_step(monkeypatch, 8, [*flags, "--output", str(output)])
     last = output / "checkpoints" / "last.pt"
-    last.write_bytes(last.read_bytes()[:size])
+    last.write_bytes(last.read_bytes()[:5000])
     capsys.readouterr()
     pretrain.main(["--output", str(output), "--resume"])
     printed = capsys.readouterr()
