@@ -119,7 +119,7 @@ class Segmentation:
         checkpoints = Checkpoints(output / "checkpoints" / f"{name}.pt", {"inputs": identity})
         if finished is not None and weights.is_file():
             checkpoints.remove()
-            print(f"{name}: finished before, {folder / 'result.json'}")
+            say(f"{name}: finished before, {folder / 'result.json'}")
             return finished
         begun = load_begun(checkpoints)
         started = time.monotonic() - (begun["seconds"] if begun else 0.0)

@@ -22,6 +22,7 @@ from medmoco.errors import UserError
 from medmoco.models.encoder import Encoder, fold_whitening, load_encoder
 from medmoco.models.segmenter import Segmenter, find_segmenters, load_segmenter
 from medmoco.output import save_torch, write_bytes_atomic
+from medmoco.printing import say
 
 OPSET = 18  # of 2022: readers of older files than today's default are common
 STEM_OF_TORCHVISION = 64  # channels
@@ -227,7 +228,7 @@ def _check_output(output: Path, source: Path, overwrite: bool) -> None:
 def main(argv: Sequence[str] | None = None) -> None:
     """The command `medmoco export`."""
     config = parse(ExportConfig, argv, prog="medmoco export", description=__doc__)
-    print(export(config))
+    say(export(config))
 
 
 if __name__ == "__main__":

@@ -104,9 +104,9 @@ def with_channel(config: PredictConfig, trained: int) -> PredictConfig:
     if trained == 0 or config.channel == trained:
         return config
     if config.channel is None:
-        print(f"channel: {trained}, as in training")
+        say(f"channel: {trained}, as in training")
         return dataclasses.replace(config, channel=trained)
-    print(f"warning: --channel {config.channel}: the model was trained on channel {trained}")
+    say(f"warning: --channel {config.channel}: the model was trained on channel {trained}")
     return config
 
 
@@ -196,9 +196,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         check_models_of_resumed(config, digests)
     create_run(config, "predict", models=digests)
     for file, model in models.items():
-        print(
-            f"model: {file} ({model.decoder}, {model.encoder.arch}, {len(model.classes)} classes)"
-        )
+        say(f"model: {file} ({model.decoder}, {model.encoder.arch}, {len(model.classes)} classes)")
 
     predictor = VolumePredictor(
         list(models.values()),
@@ -213,10 +211,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         say(f"left out: {error}")
     if len(failed) == len(inputs):
         raise UserError(f"no volume could be predicted: {failed[0]}")
-    print(f"label maps:  {config.output}")
-    print(
-        f"next:        python -m medmoco.evaluate --pred {config.output} --truth FOLDER_OF_LABELS"
-    )
+    say(f"label maps:  {config.output}")
+    say(f"next:        python -m medmoco.evaluate --pred {config.output} --truth FOLDER_OF_LABELS")
 
 
 def predict_all(
@@ -234,7 +230,7 @@ def predict_all(
     # Unlike Path.is_file, this is no error where the name is too long for the disk.
     todo = [item for item in inputs if not os.path.isfile(predictor.label_map(item))]
     if len(todo) < len(inputs):
-        print(f"finished before: {len(inputs) - len(todo)} of {len(inputs)} volumes")
+        say(f"finished before: {len(inputs) - len(todo)} of {len(inputs)} volumes")
     clock, started, slices = predictor.clock, time.perf_counter(), 0
     with (
         stopping_at_once("in prediction; finished label maps are kept"),
@@ -264,7 +260,7 @@ def predict_all(
             bar.set_postfix_str(f"{slices / (time.perf_counter() - started):.1f} slices/s")
     if slices:
         seconds = time.perf_counter() - started
-        print(
+        say(
             f"{len(todo) - len(bad)} volumes, {slices:,} slices in {seconds:.1f} s: "
             f"{slices / seconds:.1f} slices/s, {clock.seconds[INSIDE] / seconds:.0%} of the time "
             "inside the model"

@@ -206,8 +206,8 @@ def write_summary(run: Pretraining) -> None:
     write_plots(output)
     report = write_report([output], output / "report.html")
     encoder = output / "encoder.pt"
-    print(f"\nencoder: {encoder}\nreport:  {report}")
-    print(f"next:    python -m medmoco.segment --task DIR --encoder {encoder}")
+    say(f"\nencoder: {encoder}\nreport:  {report}")
+    say(f"next:    python -m medmoco.segment --task DIR --encoder {encoder}")
 
 
 def main(argv: Sequence[str] | None = None) -> None:

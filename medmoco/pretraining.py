@@ -33,6 +33,7 @@ from medmoco.models.encoder import save_encoder
 from medmoco.models.moco import recalibrate_batchnorm, train_step
 from medmoco.models.weights import read_weights
 from medmoco.models.whitening import map_whitening_state
+from medmoco.printing import say
 from medmoco.random_state import random_state, resume_generator, set_random_state
 from medmoco.signals import Stopped, StopRequest
 
@@ -123,7 +124,7 @@ class Pretraining:
         if self.config.resume:
             self.restore()
         self._require_agreement()
-        print(self._introduction(), flush=True)
+        say(self._introduction())
         started = time.monotonic()
         with (
             telling_what_is_kept(self._kept),
@@ -141,7 +142,7 @@ class Pretraining:
                     self._diagnose()
                     self.save()
                     if bar.disable and self.last:  # no terminal: a line an epoch for the log
-                        print(f"epoch {self.diagnostics['epoch']}: {self._status()}", flush=True)
+                        say(f"epoch {self.diagnostics['epoch']}: {self._status()}")
                 else:
                     self._train_epoch(bar, stop)
             (stopping,) = any_rank(stop.asked)
@@ -149,7 +150,7 @@ class Pretraining:
                 raise Stopped(f"saved step {self.step} of {self.total_steps}")
         self.seconds = time.monotonic() - started
         if self.checkpoints.written:  # by rank 0
-            print(f"pretrain: {self.checkpoints.cost(self.seconds)}")
+            say(f"pretrain: {self.checkpoints.cost(self.seconds)}")
         if rank() == 0:
             save_encoder(self.output / "encoder.pt", self.model.query.encoder, **self.metadata())
         return self.diagnostics

@@ -5,6 +5,7 @@ import io
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+from medmoco.printing import visible
 from medmoco.scores import CaseScores, ClassScores
 
 SCORES = ("Dice", "IoU", "HD95", "NSD", "ASSD")
@@ -96,8 +97,14 @@ def csv_text(cases: Sequence[CaseScores], names: Names) -> str:
         for value, name in names.items():
             scores = case.of(value)
             row = entries(scores).values()
-            writer.writerow((case.pair.case, value, name, scores.outcome, *row))
+            writer.writerow((_cell(case.pair.case), value, _cell(name), scores.outcome, *row))
     return text.getvalue()
+
+
+def _cell(name: str) -> str:
+    """A name that a spreadsheet takes for text: what begins like a formula gets an apostrophe."""
+    shown = visible(name)
+    return f"'{shown}" if shown.startswith(("=", "+", "-", "@")) else shown
 
 
 def class_table(summary: dict[str, Any], tolerance: float) -> str:
@@ -148,6 +155,7 @@ def _number(value: float | None, digits: int = 3) -> str:
 
 
 def _aligned(rows: Sequence[Sequence[str]]) -> str:
+    rows = [[visible(cell) for cell in row] for row in rows]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return "\n".join(
         "  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]).rstrip()

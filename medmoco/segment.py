@@ -283,7 +283,7 @@ def run_and_summarise(
     }
     write_json(output / "summary.json", summary)
     say(f"\nDice on {len(segmentation.split.test)} test volumes\n{dice_table(results)}")
-    print(f"\nsummary:     {output / 'summary.json'}\npredictions: {output / 'predictions'}")
+    say(f"\nsummary:     {output / 'summary.json'}\npredictions: {output / 'predictions'}")
     return summary
 
 
@@ -329,7 +329,7 @@ def run_folds(config: SegmentConfig, encoder: Encoder | None, metadata: dict[str
     create_run(config, "segment")
     write_folds(output / FOLDS_NAME, splits)
     for folder, segmentation in segmentations.items():
-        print(f"\n{folder.name} of {len(splits)}")
+        say(f"\n{folder.name} of {len(splits)}")
         begun = (folder / CONFIG_NAME).is_file()
         create_run(dataclasses.replace(segmentation.config, resume=begun), "segment")
         run_and_summarise(segmentation, encoder, metadata)
@@ -337,7 +337,7 @@ def run_folds(config: SegmentConfig, encoder: Encoder | None, metadata: dict[str
     summary = over_folds(finished, len(splits))
     write_json(output / "summary.json", summary)
     say(f"\n{len(finished)} of {len(splits)} folds, their cases together\n{dice_table(summary)}")
-    print(f"{fold_lines(summary)}\n\nsummary:     {output / 'summary.json'}")
+    say(f"{fold_lines(summary)}\n\nsummary:     {output / 'summary.json'}")
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -352,7 +352,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         segmentation = prepare(config, metadata)
         create_run(config, "segment")
         run_and_summarise(segmentation, encoder, metadata)
-    print(f"next:        python -m medmoco.report {config.output}")
+    say(f"next:        python -m medmoco.report {config.output}")
 
 
 if __name__ == "__main__":

@@ -177,7 +177,7 @@ def narrow(tmp_path):
             "--to torchvision: expected an encoder of width 1, got 0.125: torchvision's resnet18",
         ),
         ("--to torchvision --run segmenters", "--run segmenters: expected encoder.pt in it"),
-        ("--to torchvision --encoder none.pt", "none.pt: cannot read the encoder file"),
+        ("--to torchvision --encoder none.pt", "none.pt: no such file"),
         ("--to torchvision --encoder text.pt", "text.pt: expected an encoder.pt of medmoco"),
         ("--to onnx --model text.pt", "text.pt: expected a file of tensors"),
         ("--to onnx --model encoder.pt", "encoder.pt: expected a segmenter of format"),

@@ -405,7 +405,7 @@ def test_model_file_of_another_version_or_kind_is_refused(tmp_path, model, scans
     content = torch.load(model, weights_only=True)
     torch.save(content | {"version": 7}, tmp_path / "newer.pt")
     error = refused("--input", scans, models=[tmp_path / "newer.pt"])
-    assert "newer.pt: expected version 1 of the segmenter's file, got 7" in error
+    assert "newer.pt: expected version 1 of a segmenter, got 7" in error
     (tmp_path / "cut.pt").write_bytes(model.read_bytes()[:1000])
     assert "cut.pt: " in refused("--input", scans, models=[tmp_path / "cut.pt"])
 

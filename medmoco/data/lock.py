@@ -5,6 +5,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from medmoco.printing import say
+
 
 @contextmanager
 def locked(path: Path, what: str) -> Iterator[None]:
@@ -18,6 +20,6 @@ def locked(path: Path, what: str) -> Iterator[None]:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            print(f"{what}: another process is building it, waiting", flush=True)
+            say(f"{what}: another process is building it, waiting")
             fcntl.flock(file, fcntl.LOCK_EX)
         yield

@@ -20,6 +20,7 @@ from medmoco.data.lock import locked
 from medmoco.errors import UserError
 from medmoco.json_file import read_object
 from medmoco.output import write_json
+from medmoco.printing import say
 
 VERSION = 1  # of what is drawn: another version is another phantom
 MIN_SIZE, MIN_SLICES = 16, 2
@@ -59,12 +60,12 @@ def generate_phantom(
         folder.parent.mkdir(parents=True, exist_ok=True)
         with locked(folder.parent / f".{folder.name}.lock", "phantom"):
             if _found(folder, settings):
-                print(f"phantom: {folder} (found), {patients} patients")
+                say(f"phantom: {folder} (found), {patients} patients")
                 return folder
             _generate(folder, settings)
     except OSError as error:
         raise UserError(f"{folder}: the phantom cannot be written: {error}") from error
-    print(f"phantom: {folder} (drawn), {patients} patients")
+    say(f"phantom: {folder} (drawn), {patients} patients")
     return folder
 
 

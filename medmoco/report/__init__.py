@@ -6,6 +6,7 @@ from pathlib import Path
 
 from medmoco.errors import UserError
 from medmoco.output import write_text
+from medmoco.printing import say
 from medmoco.report.page import report_page
 from medmoco.report.plots import write_plots
 from medmoco.report.record import next_command
@@ -48,4 +49,4 @@ def main(argv: Sequence[str] | None = None) -> None:
     given = parser.parse_args(argv)
     folder = given.runs[0] if len(given.runs) == 1 else given.runs[0].resolve().parent
     written = write_report(given.runs, given.output or folder / "report.html")
-    print(f"report: {written}")
+    say(f"report: {written}")
