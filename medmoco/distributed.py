@@ -115,8 +115,10 @@ def joined(device: torch.device) -> Iterator[None]:
         return
     with _telling_of_lost_ranks():
         store, number, size = next(iter(dist.rendezvous("env://", timeout=PREPARATION_TIMEOUT)))
-        store.set(f"medmoco/ready/{number}", "yes")
-        store.wait([f"medmoco/ready/{other}" for other in range(size)], PREPARATION_TIMEOUT)
+        # torchrun keeps one store for all attempts; addresses of the last one lead nowhere.
+        store = dist.PrefixStore(f"medmoco/attempt {launch().restarts}", store)
+        store.set(f"ready/{number}", "yes")
+        store.wait([f"ready/{other}" for other in range(size)], PREPARATION_TIMEOUT)
         backend = "gloo"
         if device.type == "cuda":
             backend = "cpu:gloo,cuda:nccl"

@@ -255,7 +255,8 @@ class Pretraining:
             filled += self.config.batch_size
             if filled >= self.config.queue_size:
                 return
-            if any_rank(stop.asked)[0]:  # nothing is learned yet, so there is nothing to save
+            (stopping,) = any_rank(stop.asked)
+            if stopping:  # nothing is learned yet, so there is nothing to save
                 raise Stopped("stopped before the first step")
 
     def unseen_batches(self) -> Iterator[dict[str, Tensor]]:
