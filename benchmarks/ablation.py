@@ -11,8 +11,8 @@ that have their row are left out, one that was stopped goes on where it was. A r
 the flags that are searched for, defaults included; rows that another version left with other
 defaults are not told apart. --cross-validate compares flags (--set) on the labelled volumes alone,
 and writes search.csv. Several calls may fill one OUTPUT side by side, with different seeds or
-variants: one a GPU, or one a core with OMP_NUM_THREADS=1, which does more than one process on all
-cores. `random` is the control: nothing is pretrained. --quick is a run of minutes, on phantoms
+variants, or under torchrun, whose ranks share out the rows: one a GPU, or one a core with
+OMP_NUM_THREADS=1, which does more than one process on all cores. `random` is the control: nothing is pretrained. --quick is a run of minutes, on phantoms
 unless there is a task, that says nothing about any method.
 """
 
@@ -36,7 +36,9 @@ from medmoco.command import run_command
 from medmoco.data.phantom import generate_phantom
 from medmoco.data.splits import split_task, write_split
 from medmoco.data.task import read_task
+from medmoco.distributed import launch, own_device
 from medmoco.errors import UserError
+from medmoco.launch import choose_device
 from medmoco.output import append_jsonl
 from medmoco.pretrain import PretrainConfig
 from reporting import commit
@@ -70,12 +72,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Runs what has no row yet."""
     flags = _parser().parse_args(argv)
     scale = SCALES["quick" if flags.quick else flags.scale]
+    device = own_device(str(choose_device(flags.device)))
     unfit = sorted(set(flags.variants) & set(CONTROLS) - {RANDOM})
     if flags.cross_validate and unfit:
         raise UserError(f"--cross-validate: expected variants or random, got {', '.join(unfit)}")
     task, split = _data(flags)
     experiment = Experiment(
-        task, split, flags.output, scale, flags.device, dict(flags.set), flags.cross_validate
+        task, split, flags.output, scale, str(device), dict(flags.set), flags.cross_validate
     )
     own_flags = " ".join(f"{name}={value}" for name, value in sorted(flags.set))
     header = columns(scale.labels)
@@ -89,10 +92,11 @@ def main(argv: Sequence[str] | None = None) -> None:
         )
     done = {(row["variant"], int(row["seed"])) for row in before if row["flags"] == own_flags}
     wanted = [(variant, seed) for seed in flags.seeds for variant in flags.variants]
+    wanted = wanted[launch().rank :: launch().world]
     about = {
         "flags": own_flags,
         "scale": "quick" if flags.quick else flags.scale,
-        "device": flags.device or ("cuda" if torch.cuda.is_available() else "cpu"),
+        "device": str(device),
         "torch": torch.__version__,
         "commit": commit(),
     }

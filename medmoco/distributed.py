@@ -80,7 +80,7 @@ def own_device(device: str) -> torch.device:
     chosen, launched = torch.device(device), launch()
     if chosen.type != "cuda" or launched.world == 1:
         return chosen
-    if device != chosen.type:
+    if device not in ("cuda", f"cuda:{launched.local_rank}"):
         raise UserError(
             f"--device {device}: expected cpu or cuda with {launched.world} ranks, of which each "
             "takes the GPU of its number"
