@@ -12,8 +12,9 @@ the flags that are searched for, defaults included; rows that another version le
 defaults are not told apart. --cross-validate compares flags (--set) on the labelled volumes alone,
 and writes search.csv. Several calls may fill one OUTPUT side by side, with different seeds or
 variants, or under torchrun, whose ranks share out the rows: one a GPU, or one a core with
-OMP_NUM_THREADS=1, which does more than one process on all cores. `random` is the control: nothing is pretrained. --quick is a run of minutes, on phantoms
-unless there is a task, that says nothing about any method.
+OMP_NUM_THREADS=1, which does more than one process on all cores. `random` is the control: nothing
+is pretrained. --quick is a run of minutes, on phantoms unless there is a task, that says nothing
+about any method.
 """
 
 import argparse
