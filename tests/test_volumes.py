@@ -1,4 +1,5 @@
 import gzip
+import os
 import struct
 
 import nibabel as nib
@@ -391,3 +392,26 @@ def test_label_of_a_4d_image_is_3d_and_unscaled(tmp_path):
 def test_label_for_an_image_of_another_grid_is_refused(tmp_path, volume):
     with pytest.raises(UserError, match=r"expected a grid of \(4, 5, 7\) voxels, got \(4, 5, 6\)"):
         write_label_map(tmp_path / "l.nii", np.zeros((7, 5, 4), np.uint8), volume, 2)
+
+
+@pytest.mark.parametrize("suffix", ["nii", "nii.gz"])
+@pytest.mark.parametrize("how", ["written to", "replaced", "deleted"])
+def test_a_file_that_changes_while_it_is_read_is_refused(tmp_path, monkeypatch, suffix, how):
+    path, other = tmp_path / f"scan.{suffix}", tmp_path / f"other.{suffix}"
+    for file in (path, other):
+        nib.save(nib.Nifti1Image(np.arange(60, dtype=np.int16).reshape(3, 4, 5), np.eye(4)), file)
+    fill = nifti._fill
+
+    def changing(*arguments):
+        if how == "written to":
+            os.utime(path, (0, 0))  # the same bytes, so that nothing else is wrong with them
+        elif how == "replaced":
+            other.replace(path)
+        else:
+            path.unlink()
+        return fill(*arguments)
+
+    monkeypatch.setattr(nifti, "_fill", changing)
+    reason = "got no such file" if how == "deleted" else "changed while it was read"
+    with pytest.raises(nifti.VolumeError, match=rf"{path.name}: .*{reason}"):
+        read_volume(path)

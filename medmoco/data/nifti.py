@@ -23,6 +23,7 @@ from medmoco.errors import UserError
 MAX_GZIP_RATIO = 1032
 MAX_TRAILING_BYTES = 64 << 20  # padding that some writers leave; more than that is no padding
 CHUNK_BYTES = 1 << 20
+IDENTITY = ("st_dev", "st_ino", "st_size", "st_mtime_ns")  # of a file that nobody has touched
 # The float64 values of a label map and a temporary; an image takes half of it.
 WORKING_BYTES_PER_VOXEL = 16
 # Millimetres in the header's units, by the lowest three bits of xyzt_units; 0 stands for none.
@@ -116,12 +117,16 @@ def _opened(path: Path) -> Iterator[BinaryIO]:
     """The decompressed stream; whatever goes wrong while it is read becomes a VolumeError."""
     try:
         with open(path, "rb") as file:
+            before = os.fstat(file.fileno())
             if path.name.endswith(".gz"):
                 _require_gzip(path, file)
                 with gzip.GzipFile(fileobj=file, mode="rb") as stream:
                     yield stream  # type: ignore[misc]
             else:
                 yield file
+            after = os.stat(path)  # by its name: a file that took its place is another one
+            if any(getattr(before, name) != getattr(after, name) for name in IDENTITY):
+                raise VolumeError(path, "changed while it was read")
     except FileNotFoundError:
         raise VolumeError(path, "expected a NIfTI file, got no such file") from None
     except EOFError:
