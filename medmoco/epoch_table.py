@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from medmoco.output import write_text
+from medmoco.printing import visible
 
 PLACE = ("stage", "encoder", "epoch", "step")  # where a record belongs; the rest is measured
 
@@ -46,4 +47,5 @@ class EpochTable:
         for row, sums in self._sums.items():
             means = {name: f"{total / count:.7g}" for name, (total, count) in sums.items()}
             rows.writerow(dict(zip(PLACE, (*row, self._steps[row]), strict=True)) | means)
-        write_text(path, text.getvalue())
+        # A broken record may hold lone surrogates, which no encoding writes.
+        write_text(path, visible(text.getvalue(), keep="\n"))

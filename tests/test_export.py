@@ -178,7 +178,7 @@ def narrow(tmp_path):
         ),
         ("--to torchvision --run segmenters", "--run segmenters: expected encoder.pt in it"),
         ("--to torchvision --encoder none.pt", "none.pt: no such file"),
-        ("--to torchvision --encoder text.pt", "text.pt: expected an encoder.pt of medmoco"),
+        ("--to torchvision --encoder text.pt", "text.pt: expected a file of tensors"),
         ("--to onnx --model text.pt", "text.pt: expected a file of tensors"),
         ("--to onnx --model encoder.pt", "encoder.pt: expected a segmenter of format"),
         ("--to onnx --run . --channels 3", "--channels 3: only --to torchvision can change them"),

@@ -15,6 +15,7 @@ from volume_files import save_volume
 
 from medmoco import evaluate, predict, pretrain
 from medmoco.command import run_command
+from medmoco.metrics_log import MetricsLog
 from medmoco.models.segmenter import save_segmenter
 from medmoco.report import write_report
 
@@ -74,6 +75,15 @@ def test_prediction_and_its_scores(scans, tmp_path, capsys):
         "no spreadsheet takes it for a formula"
     )
     json.loads((tmp_path / "scores" / "summary.json").read_text("utf-8"))
+
+
+def test_records_with_hostile_names_make_a_table(tmp_path):
+    record = {"stage": "finetune", "encoder": "scratch", "epoch": 1, "step": 2, NASTY: 0.5}
+    (tmp_path / "metrics.jsonl").write_text(json.dumps(record) + "\n")
+    with MetricsLog(tmp_path / "metrics.jsonl") as log:
+        log.forget_after(5, 5)
+    table = (tmp_path / "metrics.csv").read_text("utf-8")
+    assert "\\udcff" in table and harmless(table)
 
 
 def test_bad_files_are_named_without_harm(scans, tmp_path, capsys):
