@@ -11,8 +11,12 @@ from types import FrameType, TracebackType
 SAME_REQUEST_SECONDS = 1.0
 
 
-class Stopped(Exception):
-    """The run saved its state and stopped because it was asked to."""
+class Stopped(BaseException):
+    """The run saved its state and stopped because it was asked to.
+
+    A handler of a signal raises it wherever the program is, so that `except Exception` there, as
+    around the reader of a file that may be damaged, must not take it for an error.
+    """
 
 
 def leave_stopping_to_the_trainer(worker: int) -> None:

@@ -4,6 +4,7 @@ What torch.load leaves open is checked here: archives that inflate, long pickles
 shape claims more than the file holds.
 """
 
+import errno
 import warnings
 import zipfile
 from math import prod
@@ -20,6 +21,7 @@ from medmoco.seal import SealBroken, check_seal
 MAX_PICKLE = 4 << 20  # bytes of the archive's part that is no tensor: names and numbers
 # Tensors may share memory, as tied weights do: together they may be so many times the file.
 MAX_SHARING = 4
+NO_MEMORY = "DefaultCPUAllocator"  # begins what PyTorch's RuntimeError says of it
 ZIP_START, PICKLE_START = b"PK\x03\x04", b"\x80"
 
 
@@ -35,7 +37,7 @@ def load_tensors(path: Path) -> dict[str, Any]:
 
     Raises:
         DamagedFile: the file is damaged: it has a checksum that does not fit, or cannot be read.
-        UserError: the file is missing, or holds anything else.
+        UserError: the file is missing, cannot be read at the moment, or holds anything else.
     """
     return load_sealed(path)[0]
 
@@ -53,11 +55,12 @@ def load_sealed(path: Path) -> tuple[dict[str, Any], bool]:
                 content = torch.load(file, map_location="cpu", weights_only=True)
     except FileNotFoundError as error:
         raise UserError(f"{path}: no such file") from error
-    except PermissionError as error:  # not damage: the one before is no better then
-        raise UserError(f"{path}: cannot be read: {error.strerror}") from error
     except SealBroken as error:
         raise DamagedFile(f"{path}: damaged: {error}") from error
     except Exception as error:  # a damaged stream makes the unpickler raise whatever it meets
+        reason = _trouble_of_the_moment(error)
+        if reason is not None:  # no damage: the file may be whole, and the one before no better
+            raise UserError(f"{path}: cannot be read: {reason}") from error
         detail = str(error).strip().splitlines() or [type(error).__name__]
         raise DamagedFile(
             f"{path}: expected a file of tensors written by torch.save, cannot read it: "
@@ -68,6 +71,16 @@ def load_sealed(path: Path) -> tuple[dict[str, Any], bool]:
         raise UserError(f"{path}: expected a dictionary of tensors, got {kind}")
     _require_ordinary(path, content, size)
     return content, sealed
+
+
+def _trouble_of_the_moment(error: Exception) -> str | None:
+    """Why a file cannot be read that may be whole; None where the error is that of its content."""
+    if isinstance(error, MemoryError) or NO_MEMORY in str(error):
+        return "not enough memory"
+    # A damaged archive sends its reader to places before the file's beginning: EINVAL.
+    if isinstance(error, OSError) and error.errno not in (None, errno.EINVAL):
+        return error.strerror
+    return None
 
 
 def require_format(path: Path, content: dict[str, Any], what: str, name: str, version: int) -> None:

@@ -6,8 +6,10 @@ import sys
 import time
 
 import pytest
+import torch
 
 from medmoco import signals
+from medmoco.tensor_file import load_tensors
 
 # A run that takes for ever to save. It prints when it may be told to stop, and what it was told.
 SAVING = """
@@ -55,3 +57,17 @@ def test_handlers_are_as_before_afterwards():
     with signals.StopRequest():
         assert signal.getsignal(signal.SIGTERM) != before[0]
     assert [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1)] == before
+
+
+def test_a_stop_while_a_file_is_read_is_no_damage_of_the_file(tmp_path, monkeypatch):
+    path = tmp_path / "encoder.pt"
+    torch.save({"weight": torch.ones(1)}, path)
+    load = torch.load
+
+    def signalled(*arguments, **options):
+        signal.raise_signal(signal.SIGTERM)
+        return load(*arguments, **options)
+
+    monkeypatch.setattr(torch, "load", signalled)
+    with pytest.raises(signals.Stopped, match="stopped here"), signals.stopping_at_once("here"):
+        load_tensors(path)

@@ -1,5 +1,6 @@
 """Files of torch.save from somewhere: ordinary tensors no larger than the file, or refused."""
 
+import errno
 import io
 import os
 import pickle
@@ -125,3 +126,23 @@ def test_every_cut_is_refused_by_name(tmp_path):
         path.write_bytes(content[:length])
         with pytest.raises(UserError, match=r"file\.pt: expected a file of tensors"):
             load_tensors(path)
+
+
+@pytest.mark.parametrize(
+    ("error", "reason"),
+    [
+        (OSError(errno.EIO, "Input/output error"), "Input/output error"),
+        (PermissionError(errno.EACCES, "Permission denied"), "Permission denied"),
+        (MemoryError(), "not enough memory"),
+        (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate"), "not enough memory"),
+    ],
+)
+def test_trouble_of_the_moment_is_no_damage(tmp_path, monkeypatch, error, reason):
+    def fail(*_, **__):
+        raise error
+
+    path = saved(tmp_path, {"a": torch.zeros(1)})
+    monkeypatch.setattr(torch, "load", fail)
+    with pytest.raises(UserError, match=rf"file\.pt: cannot be read: {reason}$") as caught:
+        load_tensors(path)
+    assert not isinstance(caught.value, DamagedFile), "the checkpoint before it would be taken"
