@@ -93,10 +93,9 @@ def _write_description(random: Random, folder: Path) -> Path:
 def _read_description(path: Path, output: Path) -> None:
     read_classes(path)
     task = read_task(path.parent)
-    inside = path.parent.resolve()
     for case in task.cases:
         for file in (case.image, case.label):
-            if not file.resolve().is_relative_to(inside):
+            if not Path(os.path.abspath(file)).is_relative_to(path.parent):
                 raise AssertionError(f"a path of dataset.json leaves its folder: {file}")
     split_task(task)
 

@@ -1,6 +1,8 @@
 """JSON from somewhere: read within bounds, or refused by name."""
 
 import json
+import os
+import tracemalloc
 
 import pytest
 
@@ -49,6 +51,24 @@ def test_what_is_refused_is_named(tmp_path, content, reason):
         read_json(path)
     assert str(caught.value).startswith(f"{path}: ")
     assert len(str(caught.value)) < 500
+
+
+def test_a_text_of_strings_takes_little_memory():
+    text = json.dumps({"a": "x" * (15 << 20), "b": [[]] * 100, "c": '"\\' * 1000})
+    tracemalloc.start()
+    parse_json("file", text)
+    _, most = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert most < 6 * len(text)
+
+
+def test_a_pipe_and_a_device_are_refused(tmp_path):
+    """Neither is waited for nor read without end."""
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "device").symlink_to("/dev/zero")
+    for name in ("pipe", "device"):
+        with pytest.raises(UserError, match=f"{name}: expected a readable .* not a regular file"):
+            read_json(tmp_path / name)
 
 
 def test_brackets_within_strings_do_not_nest(tmp_path):

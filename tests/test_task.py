@@ -131,20 +131,35 @@ def test_paths_that_leave_the_folder_are_refused(tmp_path, path):
         read_task(tmp_path / "task")
 
 
-def test_links_that_leave_the_folder_are_refused(tmp_path):
-    save_volume(tmp_path / "secret.nii.gz", ramp())
+def test_paths_that_leave_the_current_folder_are_refused(tmp_path, monkeypatch):
+    training = [{"image": "../secret.nii.gz", "label": "./labelsTr/a.nii.gz"}]
+    write_task(tmp_path, {"labels": DECATHLON, "training": training})
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match=r"expected paths within the folder, got '\.\./secret"):
+        read_task(".")
+
+
+def test_links_are_followed_wherever_they_lead(tmp_path):
+    """git-annex, DVC and Hugging Face link their files; users link cases and whole folders."""
+    elsewhere = save_volume(tmp_path / "annex" / "object.nii.gz", ramp())
     write_task(tmp_path / "task", {"labels": DECATHLON, "training": listed("a")})
     image = tmp_path / "task" / "imagesTr" / "a.nii.gz"
     image.unlink(missing_ok=True)
-    image.symlink_to(tmp_path / "secret.nii.gz")
-    with pytest.raises(UserError, match=r"dataset\.json: .* a symbolic link out of it"):
-        read_task(tmp_path / "task")
-    image.unlink()
-    (tmp_path / "task" / "there.nii.gz").write_bytes(b"")
-    image.symlink_to(tmp_path / "task" / "there.nii.gz")
+    image.symlink_to(elsewhere)
     (tmp_path / "link").symlink_to(tmp_path / "task")
     for folder in (tmp_path / "task", tmp_path / "link"):
         assert read_task(folder).cases[0].image == folder / "imagesTr" / "a.nii.gz"
+
+
+def test_a_name_as_long_as_names_go_is_one(tmp_path):
+    name = "n" * 248  # with .nii.gz; the name of its first channel would be too long
+    write_task(tmp_path, {"labels": DECATHLON, "training": listed(name)}, ())
+    assert read_task(tmp_path).cases[0].name == name
+
+
+def test_what_is_not_read_of_dataset_json_may_be_nan(tmp_path):
+    write_task(tmp_path, {"labels": DECATHLON, "training": listed("a"), "mean": float("nan")})
+    assert len(read_task(tmp_path).cases) == 1
 
 
 @pytest.mark.parametrize(

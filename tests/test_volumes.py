@@ -8,6 +8,7 @@ import pytest
 from volume_files import OBLIQUE, as_stored, ramp, save_volume
 
 from medmoco.data import nifti
+from medmoco.data.cache import CacheSettings, Source, build_cache
 from medmoco.data.volumes import (
     find_volumes,
     from_stack,
@@ -309,6 +310,22 @@ def test_links_in_circles_end(tmp_path):
     (tmp_path / "a" / "x.nii").touch()
     (tmp_path / "a" / "circle").symlink_to(tmp_path)
     assert [path.name for path in find_volumes(tmp_path)] == ["x.nii"]
+
+
+@pytest.mark.parametrize("suffix", [".nii", ".nii.gz"])
+def test_a_pipe_and_a_device_are_no_volumes(tmp_path, suffix):
+    """Neither is waited for nor read without end, also not to tell a change or DICOM by it."""
+    os.mkfifo(tmp_path / f"pipe{suffix}")
+    (tmp_path / f"device{suffix}").symlink_to("/dev/zero")
+    for path in find_volumes(tmp_path):
+        with pytest.raises(nifti.VolumeError, match="cannot be read: not a regular file"):
+            read_volume(path)
+        with pytest.raises(UserError, match="1 bad file among 1 volumes"):
+            build_cache([Source("a", "a", path)], CacheSettings(), tmp_path / "cache")
+    (tmp_path / "others").mkdir()
+    os.mkfifo(tmp_path / "others" / "pipe")
+    with pytest.raises(UserError, match="got none in it"):
+        find_volumes(tmp_path / "others")
 
 
 def test_folder_without_volumes_is_named(tmp_path):

@@ -38,7 +38,7 @@ def split_folds(
         UserError: more folds than patients, no number of folds, or a broken split file, see
             `split_task`.
     """
-    content = read_json(split_file) if split_file else None
+    content = read_json(split_file, nan_is_null=True) if split_file else None
     if isinstance(content, list):
         return _given_folds(str(split_file), content, task, folds)
     if folds is None:

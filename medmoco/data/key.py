@@ -10,6 +10,7 @@ from pathlib import Path
 
 from medmoco.data.sources import Source
 from medmoco.data.store import CacheSettings
+from medmoco.regular_file import open_regular
 
 VERSION = 2  # of the cache's files and of the conversion
 READERS = 16  # threads; they wait for the disk
@@ -45,7 +46,7 @@ def _fingerprint(path: Path) -> bytes:
     """Path, size, both ends; also the time of a file that is not compressed: it has no checksum."""
     name = os.fsencode(os.path.abspath(path))
     try:
-        with open(path, "rb") as file:
+        with open_regular(path) as file:
             state = os.fstat(file.fileno())
             head = file.read(EDGE_BYTES)
             file.seek(max(len(head), state.st_size - EDGE_BYTES))

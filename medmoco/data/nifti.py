@@ -18,6 +18,7 @@ from nibabel.orientations import io_orientation
 from nibabel.spatialimages import HeaderDataError
 
 from medmoco.errors import UserError
+from medmoco.regular_file import open_regular
 
 # Deflate packs at most 1032 bytes into one (zlib technical notes, "maximum compression factor").
 MAX_GZIP_RATIO = 1032
@@ -116,7 +117,7 @@ def read_channel(
 def _opened(path: Path) -> Iterator[BinaryIO]:
     """The decompressed stream; whatever goes wrong while it is read becomes a VolumeError."""
     try:
-        with open(path, "rb") as file:
+        with open_regular(path) as file:
             before = os.fstat(file.fileno())
             if path.name.endswith(".gz"):
                 _require_gzip(path, file)

@@ -1,4 +1,4 @@
-"""Paths that a file names: they stay within the folder that the file describes."""
+"""Paths that a file names: as written, they stay within the folder that the file describes."""
 
 import os
 from pathlib import Path
@@ -11,7 +11,9 @@ LONGEST_NAME = 255
 
 
 def inside(folder: Path, name: str, source: Path) -> Path:
-    """The path of a file that need not exist, below `folder` whatever its name and its links.
+    """The path of a file that need not exist, below `folder` as it is written.
+
+    Symbolic links are followed: data sets link cases, and git-annex and the like link every file.
 
     Args:
         folder: that the name is relative to.
@@ -19,8 +21,8 @@ def inside(folder: Path, name: str, source: Path) -> Path:
         source: the file that it is written in, for messages.
 
     Raises:
-        UserError: it is no path of a file, or leads out of the folder, by "..", as an absolute path
-            or through a symbolic link.
+        UserError: it is no path of a file, or leads out of the folder, by ".." or as an absolute
+            path.
     """
     try:
         written = os.fsencode(name)
@@ -30,12 +32,6 @@ def inside(folder: Path, name: str, source: Path) -> Path:
     if b"\0" in written or len(written) > LONGEST_PATH or longest > LONGEST_NAME:
         raise UserError(f"{source}: expected paths of files, got {brief(name)}")
     path = Path(os.path.normpath(folder / name))
-    if not path.is_relative_to(os.path.normpath(folder)):
+    if not Path(os.path.abspath(path)).is_relative_to(os.path.abspath(folder)):
         raise UserError(f"{source}: expected paths within the folder, got {brief(name)}")
-    # A data set from elsewhere may bring links, to be read or shown by name in a report.
-    if not Path(os.path.realpath(path)).is_relative_to(os.path.realpath(folder)):
-        raise UserError(
-            f"{source}: expected paths within the folder, got {brief(name)}, a symbolic link "
-            "out of it; link the whole folder instead, or copy the file"
-        )
     return path

@@ -102,7 +102,7 @@ def shuffled_patients(task: Task, names: Collection[str], seed: int) -> list[str
 
 
 def _read_split(path: Path, task: Task) -> tuple[tuple[str, ...], ...]:
-    content = read_json(path)
+    content = read_json(path, nan_is_null=True)
     if isinstance(content, list) and content:
         content = named_parts(path, content[0])
     split = checked_split(str(path), content, task)

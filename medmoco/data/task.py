@@ -5,6 +5,7 @@ doi:10.1038/s41592-020-01008-z.
 """
 
 import csv
+import os
 import re
 from dataclasses import dataclass
 from functools import lru_cache
@@ -166,7 +167,7 @@ def _read_patients(path: str) -> dict[str, str]:
 
 
 def _read_description(path: Path) -> dict[str, Any]:
-    content = read_object(path)
+    content = read_object(path, nan_is_null=True)  # in entries that are not read: json.dumps's way
     ending = content.get("file_ending", ".nii.gz")
     if not isinstance(ending, str) or ending not in SUFFIXES:
         raise UserError(f"{path}: expected file_ending .nii.gz or .nii, got {brief(ending)}")
@@ -193,7 +194,9 @@ def _listed_files(folder: Path, content: dict[str, Any]) -> dict[str, tuple[Path
             name = brief(volume_name(image))
             raise UserError(f"{path}: expected each case once, got {name} twice")
         first_channel = image.with_name(image.name.replace(".nii", "_0000.nii"))
-        chosen = first_channel if first_channel.is_file() and not image.is_file() else image
+        # os.path, for a name that is too long is no file there, and not an OSError.
+        channels = os.path.isfile(first_channel) and not os.path.isfile(image)
+        chosen = first_channel if channels else image
         files[volume_name(image)] = (chosen, label)
     return files
 

@@ -21,6 +21,7 @@ from nibabel.orientations import (
 from medmoco.data.nifti import Layout, VolumeError, is_dicom, read_channel, read_layout
 from medmoco.errors import UserError
 from medmoco.output import write_bytes_atomic
+from medmoco.regular_file import open_regular
 
 # As AbdomenCT-1K is distributed: AbdomenCT-1K-ImagePart1, 2 and 3 beside Mask.
 ABDOMEN_1K_IMAGES, ABDOMEN_1K_LABELS = "AbdomenCT-1K-ImagePart", "Mask"
@@ -213,7 +214,7 @@ def _hidden_or_labels(name: str, beside: list[str]) -> bool:
 
 def _holds_dicom(path: Path) -> bool:
     try:
-        with open(path, "rb") as file:
+        with open_regular(path) as file:
             return path.suffix.lower() == ".dcm" or is_dicom(file.read(132))
     except OSError:
         return False
