@@ -16,6 +16,7 @@ from torch.utils.data import DataLoader, Subset
 
 from medmoco.checkpoint import Checkpoints
 from medmoco.config import to_json
+from medmoco.data.delivery import delivered
 from medmoco.data.slices import PixelGrid, SliceDataset
 from medmoco.data.splits import Split
 from medmoco.data.store import SliceCache
@@ -250,7 +251,7 @@ class Segmentation:
         step = -(-len(slices) // CALIBRATION_SLICES)
         encoder.to(self.device).set_output_stride(LINEAR_STRIDE)
         dataset = SliceDataset(self.cache, slices[::step], self.grid)
-        batches = DataLoader(dataset, self.config.batch_size)
+        batches = delivered(DataLoader(dataset, self.config.batch_size))
         recalibrate_batchnorm(encoder, (batch["image"].to(self.device) for batch in batches))
 
     def identity(self, encoder: Encoder | None) -> str:

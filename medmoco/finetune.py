@@ -14,7 +14,7 @@ from tqdm import tqdm
 from medmoco.checkpoint import SECONDS as CHECKPOINT_SECONDS
 from medmoco.data.delivery import delivered
 from medmoco.data.views import ViewConfig, change_intensities
-from medmoco.errors import UserError
+from medmoco.errors import Fault
 from medmoco.finetune_course import Course
 from medmoco.losses import dice_cross_entropy
 from medmoco.prediction import autocast
@@ -92,7 +92,8 @@ def finetune(
 
     Raises:
         Stopped: SIGTERM or SIGUSR1 asked for it.
-        UserError: the loss is not finite.
+        UserError: the loss or a weight is not finite.
+        Fault: slices cannot be read any more; the state is saved.
     """
     generator = torch.Generator(device).manual_seed(seed)
     sampler = ForegroundSampler(shown, torch.Generator().manual_seed(seed))
@@ -121,9 +122,10 @@ def finetune(
 
     def save_if(due: bool) -> None:
         nonlocal saved
-        if due and save is not None:
-            mean_loss(course.losses, lr)
-            save(course.state())
+        if due:
+            state = course.finite_state(len(batches))
+            if save is not None:
+                save(state)
             saved = time.monotonic()
 
     model.train()
@@ -144,13 +146,14 @@ def finetune(
                 save_if(stop.asked or time.monotonic() - saved > CHECKPOINT_SECONDS)
                 if stop.asked:
                     raise Stopped(f"saved step {course.steps(len(batches))} of {total}")
-            epoch, mean = course.epoch, mean_loss(course.losses, lr)
+            course.require_finite_losses(len(batches))
+            epoch, mean = course.epoch, mean_loss(course.losses)
             dice = dice_of(torch.stack(course.counts).sum(dim=0))
             validated, last = None, epoch == epochs
             if validation is not None:
                 try:
                     validated = validate(model, validation, batch_size, device, amp_dtype, stop)
-                except Stopped:
+                except (Stopped, Fault):
                     save_if(True)
                     raise
                 last |= best.add(epoch, mean_dice(validated), model)
@@ -196,16 +199,9 @@ def train_step(
     return loss.detach(), overlap(logits.detach(), label)
 
 
-def mean_loss(losses: list[Tensor], lr: float) -> float:
-    """Of the batches of an epoch; waits for the device.
-
-    Raises:
-        UserError: it is not finite.
-    """
-    mean = torch.stack(losses).mean().item() if losses else 0.0
-    if not math.isfinite(mean):
-        raise UserError(f"--lr {lr}: the loss of fine-tuning is {mean}; lower it")
-    return mean
+def mean_loss(losses: list[Tensor]) -> float:
+    """Of the batches of an epoch; waits for the device."""
+    return torch.stack(losses).mean().item() if losses else 0.0
 
 
 def tell(

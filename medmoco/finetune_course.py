@@ -1,14 +1,19 @@
 """Where a fine-tuning stands: all that it needs to go on from any of its steps, bit for bit."""
 
+import math
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from medmoco.checkpoint import AnotherRun, Checkpoints
+from medmoco.divergence import all_finite
+from medmoco.errors import UserError
 from medmoco.random_state import random_state, resume_generator, set_random_state
 from medmoco.sampling import ForegroundSampler
 from medmoco.validation import BestWeights
+
+ADVICE = "start again with a lower --lr, or with --amp-dtype float32"
 
 
 class Course:
@@ -70,6 +75,36 @@ class Course:
             self.epoch, self.batch = self.epoch + 1, 0
             self.losses, self.counts = [], []
             self._order = self.sampler.generator.get_state()
+
+    def require_finite_losses(self, batches: int) -> None:
+        """Waits for the device.
+
+        Args:
+            batches: steps an epoch.
+
+        Raises:
+            UserError: a loss of this epoch is NaN or infinite; names the first such step.
+        """
+        for batch, loss in enumerate(torch.stack(self.losses).tolist() if self.losses else (), 1):
+            if not math.isfinite(loss):
+                step = self.steps(batches) - self.batch + batch
+                raise UserError(f"the loss is {loss} at step {step} of fine-tuning; {ADVICE}")
+
+    def finite_state(self, batches: int) -> dict[str, Any]:
+        """What may be saved; waits for the device.
+
+        Args:
+            batches: steps an epoch.
+
+        Raises:
+            UserError: a loss or a weight is not finite; names the step.
+        """
+        self.require_finite_losses(batches)
+        state = self.state()
+        if not all_finite(state):  # a gradient can overflow where its loss did not
+            step = self.steps(batches)
+            raise UserError(f"the weights are not finite at step {step} of fine-tuning; {ADVICE}")
+        return state
 
     def state(self) -> dict[str, Any]:
         """Tensors and plain values, for `load`."""

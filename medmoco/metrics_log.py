@@ -15,7 +15,7 @@ from medmoco.epoch_table import EpochTable
 from medmoco.errors import UserError
 from medmoco.event_files import EventFiles, run_of
 from medmoco.json_file import parse_object
-from medmoco.output import append_jsonl, write_text
+from medmoco.output import append_jsonl, write_text, writing
 
 CSV_SECONDS = 10.0  # between two writings of metrics.csv, which is written whole
 
@@ -94,7 +94,7 @@ class MetricsLog:
     def sync(self) -> None:
         """Waits until metrics.jsonl is on the disk, as a checkpoint that counts on it must."""
         if self.path.is_file():
-            with open(self.path, "rb") as file:
+            with writing(self.path), open(self.path, "rb") as file:
                 os.fsync(file.fileno())
 
     def forget_after(self, step: int, diagnosed: int) -> None:

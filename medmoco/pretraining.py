@@ -276,7 +276,9 @@ class Pretraining:
         """Looks at features and embeddings of held-out slices, un-augmented, in eval mode."""
         self.model.query.eval()
         features, embeddings = [], []
-        for batch in delivered(self.held_out):
+        # A step is lost that was taken since the last checkpoint; before the first there is none.
+        at_break = self.save if self.diagnostics else None
+        for batch in delivered(self.held_out, at_break):
             embedding = self.model.query(batch["image"].to(self.device))
             features.append(embedding.pooled.float().cpu())
             embeddings.append(embedding.projection.float().cpu())

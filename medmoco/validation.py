@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
+from medmoco.data.delivery import delivered
 from medmoco.errors import UserError
 from medmoco.prediction import autocast
 from medmoco.signals import Stopped, StopRequest
@@ -89,11 +90,12 @@ def validate(
 
     Raises:
         Stopped: `stop` was asked for meanwhile.
+        LoaderDied: slices cannot be read any more.
     """
     training = model.training
     model.eval()
     counts: Tensor | None = None
-    for batch in DataLoader(dataset, batch_size, generator=torch.Generator()):
+    for batch in delivered(DataLoader(dataset, batch_size, generator=torch.Generator())):
         if stop is not None and stop.asked:
             raise Stopped("stopped in a validation")
         with autocast(device, amp_dtype):

@@ -61,15 +61,24 @@ def kill_workers() -> None:
         worker.join()
 
 
-def test_a_killed_worker_ends_a_run_between_two_steps_and_resume_loses_nothing(
-    tiny_task, tmp_path, monkeypatch, capsys
-):
-    flags = ["--data", str(tiny_task / "imagesTr"), "--cache", str(tmp_path / "cache")]
+@pytest.fixture(scope="module")
+def flags(tiny_task, tmp_path_factory) -> list[str]:
+    flags = ["--data", str(tiny_task / "imagesTr"), "--cache", str(tmp_path_factory.mktemp("c"))]
     flags += ["--method", "mocov2", "--device", "cpu", "--epochs", "2", "--workers", "1"]
-    flags += ["--width", "0.125", "--image-size", "32", "--batch-size", "8"]
-    unbroken, broken = tmp_path / "unbroken", tmp_path / "broken"
-    pretrain.main([*flags, "--output", str(unbroken)])
+    return [*flags, "--width", "0.125", "--image-size", "32", "--batch-size", "8"]
 
+
+@pytest.fixture(scope="module")
+def unbroken(flags, tmp_path_factory) -> Path:
+    output = tmp_path_factory.mktemp("runs") / "unbroken"
+    pretrain.main([*flags, "--output", str(output)])
+    return output
+
+
+def test_a_killed_worker_ends_a_run_between_two_steps_and_resume_loses_nothing(
+    flags, unbroken, tmp_path, monkeypatch, capsys
+):
+    broken = tmp_path / "broken"
     train_step = pretrain.Pretraining._train_step
 
     def kill_in_a_step(self, batch):
@@ -87,6 +96,41 @@ def test_a_killed_worker_ends_a_run_between_two_steps_and_resume_loses_nothing(
     assert state["step"] >= 8, "what was done since the last checkpoint is lost"
     pretrain.main(["--output", str(broken), "--resume"])
     assert differences(unbroken, broken) == []
+
+
+def lose_slices_in_the_diagnosis(patch, step: int, arguments: list[str]) -> None:
+    """Runs the command, whose held-out slices cannot be read after `step` steps."""
+    diagnose = pretrain.Pretraining._diagnose
+
+    def lose_slices(self):
+        if self.step == step:
+            self.held_out = DataLoader(Slices(lost=0), 8)
+        diagnose(self)
+
+    with patch.context() as within:
+        within.setattr(pretrain.Pretraining, "_diagnose", lose_slices)
+        assert run_command(pretrain.main, [*arguments, "--workers", "0"]) == 1
+
+
+def test_slices_that_a_diagnosis_cannot_read_cost_no_step(
+    flags, unbroken, tmp_path, monkeypatch, capsys
+):
+    broken, last = tmp_path / "broken", tmp_path / "broken" / "checkpoints" / "last.pt"
+    lose_slices_in_the_diagnosis(monkeypatch, 6, [*flags, "--output", str(broken)])
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error.startswith("error: slices cannot be read any more: ")
+    assert error.endswith(f"; {last} is whole, and --resume goes on from it")
+    assert torch.load(last, weights_only=True)["state"]["step"] == 6
+    pretrain.main(["--output", str(broken), "--resume"])
+    assert differences(unbroken, broken) == []
+
+
+def test_before_the_first_diagnosis_there_is_nothing_to_save(flags, tmp_path, monkeypatch, capsys):
+    broken = tmp_path / "broken"
+    lose_slices_in_the_diagnosis(monkeypatch, 0, [*flags, "--output", str(broken)])
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error.endswith("; no checkpoint was written yet, and --resume begins again")
+    assert not (broken / "checkpoints").exists()
 
 
 # A trainer with two workers, whose pids it prints.

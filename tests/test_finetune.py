@@ -86,7 +86,7 @@ def train(model, slices, log=lambda *_: None, **changes):
 def test_loss_that_is_not_finite_stops_the_training():
     model = network()
     torch.nn.init.constant_(model[0].weight, float("nan"))
-    with pytest.raises(UserError, match=r"--lr 0.1: the loss of fine-tuning is nan"):
+    with pytest.raises(UserError, match=r"the loss is nan at step 1 of fine-tuning; .*--lr"):
         train(model, Slices(), lr=0.1)
 
 

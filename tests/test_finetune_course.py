@@ -1,6 +1,8 @@
 """A fine-tuning that was stopped goes on as if it had not been, bit for bit."""
 
+import errno
 import json
+import math
 import os
 import shutil
 import signal
@@ -12,6 +14,9 @@ from labelled_slices import Slices
 from medmoco import downstream
 from medmoco import finetune as finetuning
 from medmoco.command import run_command
+from medmoco.data.delivery import LoaderDied
+from medmoco.divergence import all_finite
+from medmoco.errors import UserError
 from medmoco.finetune import finetune
 from medmoco.finetune_course import Course
 from medmoco.models.segmenter import load_segmenter
@@ -93,6 +98,18 @@ def signal_at_step(patch, step, number=signal.SIGTERM):
     patch.setattr(Course, "add", with_signal)
 
 
+class LostSlices(Slices):
+    """Cannot be read from the second epoch's validation on."""
+
+    left = 4
+
+    def __getitem__(self, item):
+        if self.left == 0:
+            raise OSError(errno.EIO, "Input/output error", "/cache/images.u16")
+        self.left -= 1
+        return super().__getitem__(item)
+
+
 @pytest.fixture(scope="module")
 def unbroken(tmp_path_factory):
     run = Run(tmp_path_factory.mktemp("unbroken") / "state.pt")
@@ -139,6 +156,36 @@ def test_a_stop_in_a_validation_changes_nothing(tmp_path, monkeypatch, unbroken,
     assert len(run.rows) == epoch - 1
     assert_same(unbroken[0], run.resume())
     assert run.rows == unbroken[1]
+
+
+def test_slices_that_a_validation_cannot_read_cost_no_step(tmp_path, unbroken):
+    run = Run(tmp_path / "state.pt")
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(LoaderDied, match="Input/output"):
+        patch.setitem(run.settings, "validation", LostSlices(4))
+        run.train()
+    begun = torch.load(run.path, weights_only=True)
+    assert (begun["epoch"], begun["batch"]) == (2, BATCHES)
+    assert_same(unbroken[0], run.resume())
+    assert run.rows == unbroken[1]
+
+
+@pytest.mark.parametrize("step", [BATCHES + 2, EPOCHS * BATCHES])
+def test_weights_that_are_not_finite_are_never_saved(tmp_path, monkeypatch, step):
+    """They become so in a step whose loss was finite."""
+    add, saved = Course.add, []
+
+    def spoil(self, *results):
+        add(self, *results)
+        if self.steps(BATCHES) == step:
+            next(self.model.parameters()).data.view(-1)[0] = math.nan
+
+    monkeypatch.setattr(Course, "add", spoil)
+    monkeypatch.setattr(finetuning, "CHECKPOINT_SECONDS", 0)
+    monkeypatch.setitem(globals(), "save_torch", lambda _, state: saved.append(all_finite(state)))
+    message = f"the weights are not finite at step {step} of fine-tuning; .*--lr"
+    with pytest.raises(UserError, match=message):
+        Run(tmp_path / "state.pt").train()
+    assert saved == [True] * (step - 1)
 
 
 def test_a_stop_when_all_is_saved_is_not_lost(tmp_path, monkeypatch, unbroken):
