@@ -107,10 +107,13 @@ def _check_limits(field: dataclasses.Field[Any], value: Any) -> None:
 
 
 def _follow_restarts(given: dict[str, Any]) -> None:
-    """torchrun repeats one command line: what has begun is resumed, what has not begins.
+    """torchrun repeats one command line: what it has begun is resumed, what has not begins.
+
+    A run that was there before is resumed with --resume only. Without it, config.json tells which
+    torchrun began the run, by a name that only the machine of rank 0 knows.
 
     Raises:
-        UserError: a restart would delete the run that it is to go on with.
+        UserError: a restart would delete the run that it is to go on with, or not know it.
     """
     launched, output = launch(), given.get("output")
     if given.get("overwrite") and launched.may_restart:
@@ -118,8 +121,24 @@ def _follow_restarts(given: dict[str, Any]) -> None:
             "--overwrite: torchrun's restarts would delete the run that they are to go on with; "
             "delete its folder yourself, or leave --max-restarts out"
         )
-    if output is not None and (launched.restarts or given.get("resume")):
-        given["resume"] = (Path(output) / "config.json").is_file()
+    if launched.may_restart and launched.local_world < launched.world and not given.get("resume"):
+        raise UserError(
+            "--max-restarts: expected --resume with it on several machines, which begins a run "
+            "that has not begun, got none"
+        )
+    if output is None or not (launched.restarts or given.get("resume")):
+        return
+    path = Path(output) / "config.json"
+    if path.is_file():
+        given["resume"] = bool(given.get("resume")) or begun_by(path) == launched.agent
+    else:
+        given["resume"] = False
+
+
+def begun_by(path: Path) -> str | None:
+    """The torchrun that began the run of a config.json, None where none did."""
+    agent = read_object(path).get("torchrun")
+    return agent if isinstance(agent, str) and agent else None
 
 
 def _resumed(cls: type[Any], given: dict[str, Any]) -> dict[str, Any]:

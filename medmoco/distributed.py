@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,10 +20,12 @@ import torch.distributed as dist
 from torch import Tensor
 
 from medmoco.errors import UserError
+from medmoco.printing import say
 
-# A rank that ends is noticed at once; only time tells of one whose machine is gone.
-COLLECTIVE_TIMEOUT = timedelta(seconds=60)
-# Until every rank has its slices. If one ends meanwhile, torchrun ends the others.
+# A rank that ends is noticed at once; only time tells of one whose machine is gone. Longer than a
+# slow file system may keep the rank that saves.
+COLLECTIVE_TIMEOUT = timedelta(minutes=10)
+# For what one rank may do alone, such as reading volumes, before the first step.
 PREPARATION_TIMEOUT = timedelta(days=1)
 LAUNCHER_SECONDS = 10  # within which torchrun ends a rank that lost another one
 
@@ -43,6 +46,7 @@ class Launch:
         elastic: whether torchrun watches over them.
         restarts: how often it has restarted them.
         may_restart: how often it would.
+        agent: name of the torchrun on this machine, the same after its restarts; "" without one.
     """
 
     rank: int
@@ -52,22 +56,27 @@ class Launch:
     elastic: bool
     restarts: int
     may_restart: int
+    agent: str
 
 
 def launch() -> Launch:
-    """How this process was started; one alone is rank 0 of 1."""
+    """How this process was started; one alone is rank 0 of 1, whatever RANK says."""
 
     def number(name: str, default: int) -> int:
         return int(os.environ.get(name, default))
 
+    world = number("WORLD_SIZE", 1)
+    # torchrun makes a folder of its own, of a random name: FOLDER/attempt_0/0/error.json.
+    own_folder = Path(os.environ.get("TORCHELASTIC_ERROR_FILE", "")).parent.parent.parent
     return Launch(
-        rank=number("RANK", 0),
-        world=number("WORLD_SIZE", 1),
-        local_rank=number("LOCAL_RANK", 0),
+        rank=number("RANK", 0) if world > 1 else 0,
+        world=world,
+        local_rank=number("LOCAL_RANK", 0) if world > 1 else 0,
         local_world=number("LOCAL_WORLD_SIZE", 1),
         elastic="TORCHELASTIC_RUN_ID" in os.environ,
         restarts=number("TORCHELASTIC_RESTART_COUNT", 0),
         may_restart=number("TORCHELASTIC_MAX_RESTARTS", 0),
+        agent=own_folder.name,
     )
 
 
@@ -103,16 +112,24 @@ def joined(device: torch.device) -> Iterator[None]:
         device: of this rank; NCCL carries what lies on a GPU, gloo the rest.
 
     Raises:
+        UserError: the environment does not say where they meet.
         LostRank: the others cannot be reached.
     """
     if launch().world == 1:
         yield
         return
     if dist.is_initialized():
-        with _telling_of_lost_ranks():
-            dist.barrier()
+        await_ranks()
         yield
         return
+    missing = [name for name in ("RANK", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
+    if missing:
+        raise UserError(
+            f"WORLD_SIZE={launch().world}: expected {' and '.join(missing)} with it, got none; "
+            "start several ranks with torchrun, or one with WORLD_SIZE unset"
+        )
+    if launch().rank == 0:
+        say(f"waiting for {launch().world} ranks")
     with _telling_of_lost_ranks():
         store, number, size = next(iter(dist.rendezvous("env://", timeout=PREPARATION_TIMEOUT)))
         # torchrun keeps one store for all attempts; addresses of the last one lead nowhere.
@@ -126,9 +143,25 @@ def joined(device: torch.device) -> Iterator[None]:
         dist.init_process_group(
             backend, store=store, rank=number, world_size=size, timeout=COLLECTIVE_TIMEOUT
         )
+        global _patient
+        _patient = dist.new_group(backend="gloo", timeout=PREPARATION_TIMEOUT)
     yield
     # Only here: after an error, to take leave could mean to wait for a rank that is gone.
     dist.destroy_process_group()
+
+
+_patient: Any = None  # the group of all ranks once more, for `await_ranks`
+
+
+def await_ranks() -> None:
+    """Waits until all ranks have come here, however long one of them works alone before.
+
+    Raises:
+        LostRank: one has ended.
+    """
+    if world() > 1:
+        with _telling_of_lost_ranks():
+            dist.barrier(_patient)
 
 
 def rank() -> int:

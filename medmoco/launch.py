@@ -94,4 +94,6 @@ def create_run(config: Any, command: str, **more: Any) -> None:
         # A run is made once: how to treat an existing folder is no part of what it is.
         made = dataclasses.replace(config, resume=False, overwrite=False)
         about = {"medmoco": medmoco.__version__, "command": command, "argv": sys.argv[1:]}
+        if launch().agent:
+            about["torchrun"] = launch().agent
         write_json(config.output / CONFIG_NAME, about | more | to_json(made))

@@ -73,11 +73,15 @@ EMBED_DIM = 128
 DIRECT_SHARE = 360 / 2048  # of the features that directclr compares
 
 
-def resolve(config: Config, cache: SliceCache) -> Config:
+def resolve(config: Config, cache: SliceCache, ranks: int = 1) -> Config:
     """The configuration with every flag decided: by the user, else the method, else the data.
 
+    Args:
+        ranks: that are going to train it together.
+
     Raises:
-        UserError: fewer slices than one batch, or --same volume with a single volume to learn from.
+        UserError: fewer slices than one batch, too few to whiten, or --same volume with a single
+            volume to learn from.
     """
     config = apply_preset(config)
     learned, _ = hold_out_patients(cache, config.seed)
@@ -88,7 +92,7 @@ def resolve(config: Config, cache: SliceCache) -> Config:
         )
     spacing = choose_grid(cache, MAX_IMAGE_SIZE, config.spacing).spacing
     size = min(MAX_IMAGE_SIZE, holding_all(cache, spacing))
-    return apply_data_defaults(config, len(learned), size)
+    return apply_data_defaults(config, len(learned), size, ranks)
 
 
 def apply_preset(config: Config) -> Config:
@@ -125,19 +129,23 @@ def _clip_norm(config: "PretrainConfig") -> float:
     return 1.0 if config.decorrelation == "zca" else 0.0
 
 
-def apply_data_defaults(config: Config, slices: int, image_size: int = MAX_IMAGE_SIZE) -> Config:
+def apply_data_defaults(
+    config: Config, slices: int, image_size: int = MAX_IMAGE_SIZE, ranks: int = 1
+) -> Config:
     """Fills the flags that depend on the slices there are to learn from, and on the machine.
 
     Args:
         slices: how many there are.
         image_size: pixels of a side that hold the largest.
+        ranks: among which the batch is divided.
 
     Raises:
-        UserError: fewer slices than one batch.
+        UserError: fewer slices than one batch, or too few to whiten.
     """
     # 16 steps an epoch or more, as long as that leaves 32 slices a batch.
     fitting = 2 ** int(math.log2(max(slices / 16, 32)))
-    batch = min(256, fitting) if config.batch_size is None else config.batch_size
+    fitting = max(ranks, min(256, fitting) // ranks * ranks)
+    batch = fitting if config.batch_size is None else config.batch_size
     if slices < batch:
         raise UserError(
             f"--batch-size {batch}: expected at most the {slices} slices there are to learn from"
@@ -157,18 +165,39 @@ def apply_data_defaults(config: Config, slices: int, image_size: int = MAX_IMAGE
         "workers": choose_workers(config.workers, device),
     }
     config = dataclasses.replace(config, **_unset(config, sized))
-    return dataclasses.replace(config, **_unset(config, {"embed_dim": embed_dim(config)}))
+    widths = {
+        "embed_dim": embed_dim(config),
+        "whiten_group": default_whitening_group(config, ranks),
+    }
+    return dataclasses.replace(config, **_unset(config, widths))
 
 
 def embed_dim(config: "PretrainConfig") -> int:
     """Length of an embedding where --embed-dim leaves it open."""
     if config.projector != "none":
         return EMBED_DIM
+    return max(1, round(DIRECT_SHARE * _channels(config)))
+
+
+def default_whitening_group(config: "PretrainConfig", ranks: int) -> int | None:
+    """--whiten-group, else what fits the batch; None for all channels, or no whitening.
+
+    It stays what it is when the run goes on with another number of ranks.
+    """
+    everywhere = config.decorrelation == "iternorm" and config.whiten_at == "last-norm"
+    whitens = config.decorrelation in ("zca", "iternorm")
+    if config.whiten_group is not None or everywhere or not whitens:
+        return config.whiten_group
+    return whitening_group(config, _channels(config), ranks)
+
+
+def _channels(config: "PretrainConfig") -> int:
+    """Of the encoder's last feature map."""
     with torch.device("meta"):
-        return max(1, round(DIRECT_SHARE * Encoder(config.arch, config.width).channels[-1]))
+        return Encoder(config.arch, config.width).channels[-1]
 
 
-def whitening_group(config: "PretrainConfig", channels: int) -> int:
+def whitening_group(config: "PretrainConfig", channels: int, ranks: int) -> int:
     """Channels whitened together: --whiten-group, else the largest power of two that fits.
 
     Raises:
@@ -176,7 +205,7 @@ def whitening_group(config: "PretrainConfig", channels: int) -> int:
     """
     samples, kind = config.batch_size, "slices"
     if config.statistics == "rank":
-        samples //= world()
+        samples //= ranks
     if config.whiten_at == "last-norm":
         together = min(samples, SHUFFLE_SPLIT) if config.key_norm == "shuffle" else samples
         samples = together * math.ceil(config.image_size / config.output_stride) ** 2
@@ -255,11 +284,10 @@ def build_model(config: "PretrainConfig", initial: Weights | None = None) -> MoC
 def _whitening(config: "PretrainConfig", encoder: Encoder) -> torch.nn.Module | None:
     channels = encoder.channels[-1]
     if config.decorrelation == "zca":
-        return ZCAWhitening(channels, whitening_group(config, channels), config.whiten_eps)
+        fitting = whitening_group(config, channels, world())
+        return ZCAWhitening(channels, fitting, config.whiten_eps)
     if config.decorrelation == "iternorm":
         group = config.whiten_group
-        if group is None and config.whiten_at == "pooled":
-            group = whitening_group(config, channels)
         affine = config.whiten_at == "last-norm"  # takes the place of an affine BatchNorm
         return IterNorm(channels, group, iterations=config.iternorm_steps, affine=affine)
     return None

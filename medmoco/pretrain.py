@@ -215,7 +215,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     config = parse(PretrainConfig, argv, prog="medmoco pretrain", description=__doc__)
     config = with_init(choose_output(config, config.method))
     cache = open_slices(config)
-    config = resolve(config, cache)
+    config = resolve(config, cache, launch().world)
     with joined(own_device(config.device)):
         run = Pretraining(config, cache)
         if launch().rank == 0:

@@ -24,7 +24,16 @@ from medmoco.data.store import SliceCache
 from medmoco.data.stream import EpochSampler, hold_out_patients, make_loader
 from medmoco.data.views import View, ViewConfig, sample_views
 from medmoco.diagnostics import collapse_warnings, diagnose
-from medmoco.distributed import any_rank, average_over_ranks, own_device, rank, require_same, world
+from medmoco.distributed import (
+    any_rank,
+    average_over_ranks,
+    await_ranks,
+    gather_rows,
+    own_device,
+    rank,
+    require_same,
+    world,
+)
 from medmoco.divergence import NonFiniteLoss, all_finite, diverged
 from medmoco.errors import UserError, telling_what_is_kept
 from medmoco.methods import build_model
@@ -46,7 +55,8 @@ OVERSAMPLING = 1.5  # finer pixels than the image's are kept up to here, for cro
 # A checkpoint goes on only where these agree: they shape the model, or the road that it takes.
 IDENTITY = (
     *("method", "arch", "width", "image_size", "output_stride", "embed_dim", "queue_size"),
-    *("projector", "local", "decorrelation", "key_norm", "batch_size", "epochs", "seed"),
+    *("projector", "local", "decorrelation", "whiten_group", "key_norm", "batch_size", "epochs"),
+    "seed",
 )
 
 
@@ -123,6 +133,7 @@ class Pretraining:
         """
         if self.config.resume:
             self.restore()
+        await_ranks()  # rank 0 made the folder meanwhile, any of them the slice cache
         self._require_agreement()
         say(self._introduction())
         started = time.monotonic()
@@ -199,7 +210,7 @@ class Pretraining:
             self.config.clip_norm,
         )
         self.step += 1
-        self.batches.append((self.step, batch["index"]))
+        self.batches.append((self.step, gather_rows(batch["index"])))
         record = {
             "stage": "pretrain",
             "epoch": math.ceil(self.step / self.sampler.batches),
@@ -239,6 +250,7 @@ class Pretraining:
         self.model.train()
         batches = itertools.islice(self.unseen_batches(), CALIBRATION_BATCHES)
         recalibrate_batchnorm(self.model.query, (self.draw_views(b)[0].image for b in batches))
+        self.model.average_statistics()
         self.model.synchronise_key()
         self._fill_queues(stop)
         self._diagnose()
@@ -357,12 +369,14 @@ class Pretraining:
         self.metrics.forget_after(self.step, self.diagnostics["step"])
 
     def _require_agreement(self) -> None:
-        """Raises a UserError where ranks have other weights, queues or numbers of steps."""
+        """Raises a UserError where ranks have other weights, statistics, queues or step numbers."""
         model = self.model
         place = torch.tensor([self.step], device=self.device)
         queues = [queue for queue in (model.queue, model.local_queue) if queue is not None]
-        tensors = [t for queue in queues for t in queue.buffers()]
-        require_same([place, *tensors, *model.query.parameters()], f"state after step {self.step}")
+        tensors = [t for part in (*queues, model.query) for t in part.state_dict().values()]
+        if self.config.key_norm == "ema":  # shuffled keys have no use for running statistics
+            tensors += model.key.state_dict().values()
+        require_same([place, *tensors], f"state after step {self.step}")
 
     def summary(self) -> dict[str, Any]:
         """The part of summary.json that pretraining knows."""

@@ -76,7 +76,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     # Everything that can be wrong with flags and files is found before the output is made.
     located = locate_data(asked)
     cache = open_slices(located, exclude=kept_from_pretraining(located))
-    config = resolve(located, cache)
+    config = resolve(located, cache, launch().world)
     with joined(own_device(config.device)):
         pretraining = Pretraining(config, cache)
         segmentation = None

@@ -8,7 +8,13 @@ from torch.nn import functional
 
 from medmoco.data.table import VolumeEntry, VolumeTable
 from medmoco.errors import UserError
-from medmoco.methods import apply_data_defaults, apply_preset, build_model, resolve
+from medmoco.methods import (
+    apply_data_defaults,
+    apply_preset,
+    build_model,
+    resolve,
+    whitening_group,
+)
 from medmoco.models.encoder import Encoder
 from medmoco.models.moco import MoCo
 from medmoco.models.weights import read_weights
@@ -148,3 +154,20 @@ def test_query_and_key_encoder_start_from_initial_weights(tmp_path, flags):
         found = branch.encoder
         assert torch.equal(found.conv1.weight, state["conv1.weight"].sum(1, keepdim=True))
         assert torch.equal(found.layer4[1].conv2.weight, state["layer4.1.conv2.weight"])
+
+
+@pytest.mark.parametrize(("ranks", "batch"), [(1, 64), (3, 63), (6, 60), (100, 100)])
+def test_default_batch_is_a_multiple_of_the_ranks(ranks, batch):
+    config = apply_preset(PretrainConfig(method="mocov2", device="cpu"))
+    assert apply_data_defaults(config, 1100, ranks=ranks).batch_size == batch
+
+
+def test_whitening_group_stays_when_a_run_goes_on_with_more_ranks():
+    flags = {"method": "medmoco", "device": "cpu", "batch_size": 128, "statistics": "rank"}
+    config = apply_preset(PretrainConfig(**flags, width=0.125))
+    groups = [apply_data_defaults(config, 1000, ranks=n).whiten_group for n in (1, 2)]
+    assert groups == [32, 16]
+    begun = apply_data_defaults(config, 1000, ranks=2)
+    assert apply_data_defaults(begun, 1000, ranks=1) == begun
+    with pytest.raises(UserError, match="--whiten-group 16: the batch is too small"):
+        whitening_group(begun, 64, ranks=4)

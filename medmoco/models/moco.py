@@ -193,9 +193,12 @@ class MoCo(nn.Module):
 
     @torch.no_grad()
     def average_statistics(self) -> None:
-        """Averages the running statistics over the ranks, where each has its own."""
-        if not self.over_ranks:
-            average_over_ranks([b for b in self.query.buffers() if b.is_floating_point()])
+        """Averages the query's running statistics over the ranks.
+
+        Where they are of the whole batch they are the same already, but for rounding on ranks whose
+        processors differ.
+        """
+        average_over_ranks([b for b in self.query.buffers() if b.is_floating_point()])
 
     @torch.no_grad()
     def synchronise_key(self) -> None:
