@@ -1,4 +1,5 @@
 import pickle
+from math import inf
 
 import pytest
 import torch
@@ -197,6 +198,21 @@ class Payload:
         return open, (self.victim, "w")
 
 
+def test_names_of_many_patients_come_back_whatever_they_are(tmp_path):
+    path = tmp_path / "encoder.pt"
+    names = ["", "a\0b\n", "\udcff", *(f"patient-{number:032}" for number in range(200_000))]
+    save_encoder(path, Encoder("resnet18", 0.125), patients=names)
+    assert load_encoder(path)[1]["patients"] == names
+
+
+def test_a_list_of_patients_as_older_files_have_it_is_read(tmp_path):
+    path = tmp_path / "encoder.pt"
+    save_encoder(path, Encoder("resnet18", 0.125), patients=["a"])
+    content = torch.load(path, weights_only=True) | {"patients": ["a", "b"]}
+    torch.save(content, path)
+    assert load_encoder(path)[1]["patients"] == ["a", "b"]
+
+
 @pytest.mark.parametrize("write", ["pickle", "torch"])
 def test_code_in_a_pickle_is_not_run(tmp_path, write):
     path, victim = tmp_path / "encoder.pt", tmp_path / "victim"
@@ -239,6 +255,8 @@ def without(state, name):
         (lambda c: {**c, "window": (5.0, 1.0)}, "damaged: window must be two rising numbers"),
         (lambda c: {**c, "modality": []}, "damaged: modality must be ct or mr, got list of 0"),
         (lambda c: {**c, "patients": [[]]}, "damaged: patients must be a list of names"),
+        (lambda c: {**c, "patients": torch.ones(3)}, "the encoder's settings are damaged: "),
+        (lambda c: {**c, "patients": torch.tensor(list(b"[1]")).byte()}, "must be a list of names"),
         (lambda c: {**c, "arch": "vgg"}, "settings are damaged: arch must be one of"),
         (lambda c: {**c, "arch": ["resnet18"]}, "settings are damaged"),
         (lambda c: {**c, "width": "wide"}, "settings are damaged"),
@@ -266,6 +284,10 @@ def without(state, name):
         (
             lambda c: {**c, "state_dict": {**c["state_dict"], "bn1.bias": torch.ones(8).int()}},
             r"bn1.bias must be \(8,\) torch.float32, got \(8,\) torch.int32",
+        ),
+        (
+            lambda c: {**c, "state_dict": {**c["state_dict"], "bn1.bias": torch.full((8,), inf)}},
+            "bn1.bias holds values that are not finite",
         ),
     ],
 )

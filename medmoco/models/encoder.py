@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torchvision.models.resnet import BasicBlock, Bottleneck
 
 from medmoco.errors import UserError
-from medmoco.models.metadata import EXPECTED, require_entries
+from medmoco.models.metadata import EXPECTED, pack_names, require_entries, unpack_names
 from medmoco.output import save_torch
 from medmoco.printing import brief
 from medmoco.tensor_file import load_tensors, require_format
@@ -189,8 +189,11 @@ def save_encoder(path: Path, encoder: Encoder, **metadata: Any) -> None:
         path: file to write.
         encoder: on any device.
         metadata: what segmentation needs to treat images alike (image_size, spacing, modality,
-            window, method): numbers, strings, tensors, and tuples, lists and dicts of them.
+            window, method): numbers, strings, tensors, and tuples, lists and dicts of them; and
+            patients, the names of those it was trained on.
     """
+    if "patients" in metadata:
+        metadata["patients"] = pack_names(metadata["patients"])
     folded = fold_whitening(encoder)
     state = {name: tensor.cpu().contiguous() for name, tensor in folded.state_dict().items()}
     content = {
@@ -212,11 +215,14 @@ def load_encoder(path: Path) -> tuple[Encoder, dict[str, Any]]:
         The encoder in eval mode on the CPU, and the metadata it was saved with.
 
     Raises:
-        UserError: no such file, not an encoder of this version, or weights that do not fit.
+        UserError: no such file, not an encoder of this version, or weights that do not fit or are
+            not finite.
     """
     content = load_tensors(Path(path))
     require_format(path, content, "an encoder.pt", FORMAT, VERSION)
     try:
+        if "patients" in content:
+            content["patients"] = unpack_names(content["patients"])
         require_entries(content, EXPECTED)
         # On the meta device nothing is allocated before the file's tensors are seen to fit.
         with torch.device("meta"):
@@ -229,6 +235,7 @@ def load_encoder(path: Path) -> tuple[Encoder, dict[str, Any]]:
     problem = mismatch(encoder.state_dict(), state)
     if problem:
         raise UserError(f"{path}: the weights do not fit {encoder.arch}: {problem}")
+    require_finite(path, state)
     encoder.load_state_dict(state, assign=True)
     del content["format"], content["version"]
     return encoder.eval(), content
@@ -274,3 +281,14 @@ def mismatch(expected: dict[str, Tensor], state: Any) -> str | None:
                 f"got {tuple(value.shape)} {value.dtype}"
             )
     return None
+
+
+def require_finite(path: Path, state: dict[str, Tensor], prefix: str = "") -> None:
+    """Raises a UserError that names the first tensor of a file with a NaN or an infinite value.
+
+    Args:
+        prefix: of the names in the file.
+    """
+    for name, tensor in state.items():
+        if not tensor.isfinite().all():
+            raise UserError(f"{path}: {prefix}{name} holds values that are not finite")

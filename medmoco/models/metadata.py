@@ -1,8 +1,12 @@
 """Entries of our files besides the weights: each of its type and range, or refused by name."""
 
+import json
 import math
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
+
+import torch
+from torch import Tensor
 
 from medmoco.data.nifti import MAX_SPACING
 from medmoco.errors import UserError
@@ -21,6 +25,21 @@ def require_entries(content: Mapping[str, Any], names: Collection[str]) -> None:
         holds, words = EXPECTED[name]
         if name in content and not holds(content[name]):
             raise UserError(f"{name} must be {words}, got {brief(content[name])}")
+
+
+def pack_names(names: Sequence[str]) -> Tensor:
+    """(bytes,) uint8: a JSON list. As a list of Python's the names of many patients would make
+    a pickle longer than `medmoco.tensor_file` reads."""
+    return torch.frombuffer(bytearray(json.dumps(list(names)).encode("ascii")), dtype=torch.uint8)
+
+
+def unpack_names(value: Any) -> Any:
+    """What `pack_names` was given. What is no tensor comes back as it is: older files have lists.
+
+    Raises:
+        ValueError, RecursionError: the tensor holds no JSON.
+    """
+    return json.loads(bytes(value.numpy())) if isinstance(value, Tensor) else value
 
 
 def _is_whole(value: Any, least: int, most: int) -> bool:

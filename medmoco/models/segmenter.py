@@ -12,7 +12,7 @@ from medmoco.data.slices import PixelGrid
 from medmoco.data.store import CacheSettings
 from medmoco.errors import UserError
 from medmoco.models.decoders import DECODERS
-from medmoco.models.encoder import Encoder, fold_whitening, mismatch
+from medmoco.models.encoder import Encoder, fold_whitening, mismatch, require_finite
 from medmoco.models.metadata import EXPECTED, require_entries
 from medmoco.models.whitening import MapWhitening, group_of
 from medmoco.output import save_torch
@@ -125,9 +125,7 @@ def load_segmenter(path: Path) -> Segmenter:
     problem = mismatch(model.state_dict(), content.get("state_dict"))
     if problem:
         raise UserError(f"{path}: the weights do not fit {content['decoder']}: {problem}")
-    for name, tensor in content["state_dict"].items():
-        if not tensor.isfinite().all():
-            raise UserError(f"{path}: {name} holds values that are not finite")
+    require_finite(path, content["state_dict"])
     model.load_state_dict(content["state_dict"], assign=True)
     return Segmenter(model.eval(), content["decoder"], classes, values, grid, settings)
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from medmoco.errors import UserError
-from medmoco.models.encoder import ARCHITECTURES, FORMAT, Encoder, load_encoder
+from medmoco.models.encoder import ARCHITECTURES, FORMAT, Encoder, load_encoder, require_finite
 from medmoco.tensor_file import load_tensors
 
 Config = TypeVar("Config", bound=Any)  # a configuration with arch and width
@@ -78,9 +78,7 @@ def read_weights(path: Path) -> Weights:
     prefix, found = _find_resnet(path, content)
     expected, arch, width = _choose_architecture(path, found)
     state = {name: found[name].to(like.dtype) for name, like in expected.items() if name in found}
-    for name, tensor in state.items():
-        if not tensor.isfinite().all():
-            raise UserError(f"{path}: {prefix}{name} holds values that are not finite")
+    require_finite(path, state, prefix)
     state, channels = _with_one_channel(state)
     # Files from before PyTorch 0.4.1 have no counters, and nothing is lost with them.
     missing = [n for n in expected if n not in state and not n.endswith("num_batches_tracked")]
