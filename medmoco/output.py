@@ -145,9 +145,14 @@ def _renamed_when_whole(path: Path, previous: Path | None) -> Iterator[BinaryIO]
     except BaseException:
         Path(temporary).unlink(missing_ok=True)
         raise
-    directory = os.open(path.parent, os.O_RDONLY)
+    sync_folder(path.parent)
+
+
+def sync_folder(folder: Path) -> None:
+    """Returns when what was made or renamed in a folder would survive a power cut."""
+    directory = os.open(folder, os.O_RDONLY)
     try:
-        os.fsync(directory)  # the rename itself must survive a power cut
+        os.fsync(directory)
     finally:
         os.close(directory)
 

@@ -6,12 +6,12 @@ from pathlib import Path
 import numpy as np
 
 from medmoco.data.cache import build_cache
+from medmoco.data.index import write_index
 from medmoco.data.key import cache_key
 from medmoco.data.shards import place
 from medmoco.data.sources import folder_sources
-from medmoco.data.store import INDEX_NAME, TABLE_NAME, CacheSettings, SliceCache, image_shards
+from medmoco.data.store import CacheSettings, SliceCache, image_shards
 from medmoco.data.table import VolumeEntry, VolumeTable
-from medmoco.output import write_json
 
 SIDE = 512  # pixels of a slice
 SLICES = 282  # of a volume: AbdomenCT-1K has 1,062 volumes of 300,000 slices together
@@ -39,10 +39,9 @@ def make_sparse_cache(folder: Path, slices: int) -> None:
     cache = folder / "cache" / cache_key(sources, SETTINGS, None, None)
     cache.mkdir(parents=True)
     image_shards(cache, sizes).create()
-    np.save(cache / TABLE_NAME, VolumeTable.of(entries, shard, start).rows)
     settings = {"modality": "ct", "slice_axis": 2, "window": SETTINGS.window, "channel": 0}
     index = {"settings": settings, "bad": [], "classes": [], "values": [], "shards": sizes}
-    write_json(cache / INDEX_NAME, index)
+    write_index(cache, index, VolumeTable.of(entries, shard, start))
 
 
 def _make_sources(folder: Path, volumes: int) -> None:

@@ -1,5 +1,6 @@
 """Building a slice cache: in parallel, in shards, and on from where it was killed."""
 
+import errno
 import functools
 import json
 import signal
@@ -14,10 +15,12 @@ import pytest
 from volume_files import ramp, save_volume
 
 from medmoco.data import build as build_module
+from medmoco.data import nifti
 from medmoco.data import plan as plan_module
 from medmoco.data.cache import CacheSettings, Source, build_cache
+from medmoco.data.journal import Converted, Journal
 from medmoco.data.shards import place
-from medmoco.errors import UserError
+from medmoco.errors import Fault, UserError
 
 LABELS = {"classes": ("background", "a", "b"), "values": (0, 2, 5)}
 NAMES = "abcdef"
@@ -197,11 +200,75 @@ def test_what_another_plan_has_left_is_deleted(sources, tmp_path, monkeypatch):
     assert contents(cache) == contents(build(sources, tmp_path / "unbroken"))
 
 
-def test_an_error_in_the_data_leaves_nothing(sources, tmp_path):
+def test_skip_bad_goes_on_where_bad_files_ended_a_build(sources, tmp_path, monkeypatch):
     sources[2].image.write_bytes(sources[2].image.read_bytes()[:-9])
     with pytest.raises(UserError, match="1 bad file among 6 volumes"):
         build(sources, tmp_path / "cache")
-    assert list((tmp_path / "cache").glob("*.partial")) == []
+    numbers = converted(monkeypatch)
+    cache = build(sources, tmp_path / "cache", skip_bad=True)
+    assert numbers == [2] and len(cache.volumes) == 5
+
+
+def test_bad_files_alone_leave_nothing(sources, tmp_path):
+    sources[2].image.write_bytes(b"")
+    with pytest.raises(UserError, match="1 bad file among 1 volumes"):
+        build(sources[2:3], tmp_path / "cache")
+    assert list((tmp_path / "cache").glob(".*.partial")) == []
+
+
+@pytest.mark.parametrize(
+    "error", [MemoryError(), OSError(errno.EIO, "Input/output error"), OSError(errno.EMFILE, "x")]
+)
+@pytest.mark.parametrize("reads", ["headers", "voxels"])
+def test_what_cannot_be_read_for_a_moment_is_never_left_out(
+    sources, tmp_path, monkeypatch, error, reads
+):
+    """A cache that lacks it would be found again at every start."""
+    name = {"headers": "_parse_header", "voxels": "_fill"}[reads]
+    read, files = getattr(nifti, name), []
+
+    def fail(first, *arguments):
+        files.append(first)
+        if len(files) == 4:
+            raise error
+        return read(first, *arguments)
+
+    with monkeypatch.context() as context:
+        context.setattr(nifti, name, fail)
+        with pytest.raises(Fault, match=r"cannot be read: .*; the same command goes on") as caught:
+            build(sources, tmp_path / "cache", skip_bad=True, workers=1)
+    assert ".nii.gz" in str(caught.value)
+    assert len(build(sources, tmp_path / "cache", skip_bad=True).volumes) == 6
+
+
+def test_no_workers_convert_one_volume_after_another(sources, tmp_path, monkeypatch):
+    threads = []
+    at_once = build_module._in_threads
+    monkeypatch.setattr(build_module, "_in_threads", lambda *a: threads.append(a[2]) or at_once(*a))
+    build(sources, tmp_path / "cache", workers=0)
+    assert threads == [1]
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        b'{"number": [1], "modality": "ct", "checksums": [1]}',
+        b'{"number": 6, "modality": "ct", "checksums": [1]}',
+        b'{"number": -1, "modality": "ct", "checksums": [1]}',
+        b'{"number": 1, "modality": "pet", "checksums": [1]}',
+        b'{"number": 1, "modality": "ct", "checksums": 1}',
+        b"[" * 100_000,
+        b"\xff",
+    ],
+)
+def test_odd_lines_of_the_journal_are_passed_over(tmp_path, line):
+    good = Converted(2, "mr", (1, 2))
+    with Journal(tmp_path / "journal", "plan", 6) as journal:
+        journal.add(good)
+    first, last = (tmp_path / "journal").read_bytes().splitlines()
+    (tmp_path / "journal").write_bytes(b"\n".join([first, line, last, b""]))
+    assert Journal(tmp_path / "journal", "plan", 6).found == {2: good}
+    assert Journal(tmp_path / "journal", "another plan", 6).found == {}
 
 
 def test_a_full_disk_keeps_what_is_done(sources, tmp_path, monkeypatch):

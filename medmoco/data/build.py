@@ -19,16 +19,18 @@ import numpy as np
 from tqdm import tqdm
 
 from medmoco.data.convert import guess_modality, to_classes, to_pixels
+from medmoco.data.index import INDEX_NAME, write_index
 from medmoco.data.journal import Converted, Journal
-from medmoco.data.nifti import VolumeError, available_memory
+from medmoco.data.memory import available_memory
+from medmoco.data.nifti import ReadFault, VolumeError
 from medmoco.data.plan import Plan
 from medmoco.data.shards import Shards
 from medmoco.data.sources import Source
-from medmoco.data.store import INDEX_NAME, TABLE_NAME, CacheSettings
+from medmoco.data.store import CacheSettings
 from medmoco.data.table import VolumeEntry, VolumeTable
 from medmoco.data.volumes import BadFile, Grid, read_volume, stack_axes, to_stack
 from medmoco.errors import UserError
-from medmoco.output import remove_leftovers, write_json
+from medmoco.output import remove_leftovers, sync_folder
 from medmoco.printing import say
 
 JOURNAL_NAME = "journal.jsonl"
@@ -42,17 +44,19 @@ Result = TypeVar("Result")
 def build(plan: Plan, directory: Path, partial: Path, workers: int, skip_bad: bool) -> None:
     """Writes the cache to `partial`, which is renamed to `directory` when it is whole.
 
-    A build that is killed, stopped, or fails for want of disk leaves `partial`, where the next one
-    goes on. One that ends with an error in the data leaves nothing: mended files have another key.
+    A build that is killed, stopped, or fails for want of disk or memory leaves `partial`, where the
+    next one goes on. So does one that ends with bad files, for a start with `skip_bad` if it has
+    converted any; mended files have another key.
 
     Args:
         workers: volumes at once, at most; fewer where they would not fit the memory.
 
     Raises:
         UserError: bad files, all together; CT and MR are mixed; or there is too little disk.
+        ReadFault: a file cannot be read now.
         OSError: a file cannot be written.
     """
-    journal = Journal(partial / JOURNAL_NAME, plan.digest())
+    journal = Journal(partial / JOURNAL_NAME, plan.digest(), len(plan.sources))
     if not journal.found:
         shutil.rmtree(partial, ignore_errors=True)  # of another plan, or before its first volume
     _announce(plan, directory.parent, journal)
@@ -64,18 +68,22 @@ def build(plan: Plan, directory: Path, partial: Path, workers: int, skip_bad: bo
         for kind in shards:
             kind.create()
         volumes, bad = _convert_all(plan, shards, journal, workers)
+    if bad and not (skip_bad and volumes):
+        if not volumes:
+            shutil.rmtree(partial)
+        raise bad_files(bad, len(plan.sources), skip_bad)
     try:
-        if bad and (not skip_bad or not volumes):
-            raise bad_files(bad, len(plan.sources), skip_bad)
         settings = replace(plan.settings, modality=_agreed(plan, volumes))
     except UserError:
-        shutil.rmtree(partial)
+        shutil.rmtree(partial)  # another --modality has another key
         raise
     _write_index(plan, settings, [volume.number for volume in volumes], bad, partial)
     for kind in shards:
         kind.sync()  # the rename must not outlive the data
-    (partial / JOURNAL_NAME).unlink()
+    sync_folder(partial)
     os.rename(partial, directory)
+    (directory / JOURNAL_NAME).unlink()
+    sync_folder(directory.parent)
 
 
 def _announce(plan: Plan, root: Path, journal: Journal) -> None:
@@ -160,11 +168,15 @@ def _convert(plan: Plan, shards: Sequence[Shards], number: int) -> Converted | l
     modality = ""
     try:
         image, grid, modality = _convert_image(plan, number)
+    except ReadFault:
+        raise
     except VolumeError as error:
         bad.append(BadFile(error.path, error.reason))
     if plan.classes:
         try:
             label = _convert_label(plan, source, grid)
+        except ReadFault:
+            raise
         except VolumeError as error:
             bad.append(BadFile(error.path, error.reason))
     stacks = [stack for stack in (image, label) if stack is not None]
@@ -210,10 +222,6 @@ def _write_index(
 ) -> None:
     entries = [_entry(plan, number) for number in good]
     table = VolumeTable.of(entries, plan.shard[good], plan.start[good])
-    with open(folder / TABLE_NAME, "wb") as file:
-        np.save(file, table.rows)
-        file.flush()
-        os.fsync(file.fileno())
     index = {
         "settings": asdict(settings),
         "bad": [asdict(file) for file in bad],
@@ -221,7 +229,7 @@ def _write_index(
         "values": plan.values,
         "shards": plan.sizes,
     }
-    write_json(folder / INDEX_NAME, index)
+    write_index(folder, index, table)
 
 
 def _entry(plan: Plan, number: int) -> VolumeEntry:

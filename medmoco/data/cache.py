@@ -12,14 +12,16 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from medmoco.data.build import bad_files, build
+from medmoco.data.index import CacheDamage
 from medmoco.data.key import cache_key
 from medmoco.data.lock import locked
+from medmoco.data.nifti import ReadFault
 from medmoco.data.plan import make_plan
 from medmoco.data.sources import Source, folder_sources, task_sources
 from medmoco.data.store import CacheSettings, SliceCache
 from medmoco.data.table import VolumeEntry
 from medmoco.data.volumes import AXIS_NAMES
-from medmoco.errors import UserError
+from medmoco.errors import Fault, UserError
 from medmoco.printing import say
 
 MAX_AT_ONCE = 8  # volumes that are converted, where nobody says how many
@@ -54,12 +56,14 @@ def build_cache(
         classes: names of the label classes, for sources with labels.
         values: the value that stands for each class in the label files.
         skip_bad: leave bad volumes out (they are listed in `SliceCache.bad`) instead of stopping.
-        workers: volumes that are converted at once, as far as the memory allows; default: cores, 8
-            at most.
+        workers: volumes that are converted at once, as far as the memory allows, at least one;
+            default: cores, 8 at most.
 
     Raises:
         UserError: names all bad files together, each with its reason; CT and MR are mixed; or the
             cache cannot be written.
+        Fault: a file cannot be read now, which says nothing of the file. It is not left out by
+            `skip_bad` either: the cache would lack it for good.
     """
     if not sources:
         raise UserError("slice cache: expected at least one volume, got none")
@@ -79,7 +83,14 @@ def build_cache(
                     labelled = (tuple(classes), tuple(values)) if classes and values else ((), ())
                     plan = make_plan(sources, settings, *labelled)
                     partial = root / f".{key}.partial"
-                    build(plan, directory, partial, workers or min(MAX_AT_ONCE, _cores()), skip_bad)
+                    if workers is None:
+                        workers = min(MAX_AT_ONCE, _cores())
+                    build(plan, directory, partial, workers, skip_bad)
+        except ReadFault as fault:
+            raise Fault(
+                f"{fault}; the same command goes on with the slice cache, --exclude leaves out "
+                "the case of a file that never can be read"
+            ) from fault
         except OSError as error:
             raise UserError(f"{root}: the slice cache cannot be written: {error}") from error
     cache = SliceCache(directory) if found is None else found
@@ -90,11 +101,17 @@ def build_cache(
 
 
 def _open(directory: Path) -> SliceCache | None:
-    """None if there is no cache, or it was damaged since it was published."""
+    """None if there is no cache, or it was damaged since it was published.
+
+    Raises:
+        UserError: it cannot be read. That is no damage, and no reason to delete it.
+    """
     try:
         return SliceCache(directory)
-    except (OSError, ValueError, KeyError, TypeError):
+    except CacheDamage:
         return None
+    except OSError as error:
+        raise UserError(f"{directory}: the slice cache cannot be read: {error.strerror}") from error
 
 
 def _cores() -> int:

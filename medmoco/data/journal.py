@@ -4,8 +4,10 @@ import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import TextIO
+from typing import Any, TextIO
 
+from medmoco.errors import UserError
+from medmoco.json_file import parse_object
 from medmoco.output import write_text
 
 
@@ -32,14 +34,16 @@ class Journal:
     Args:
         path: of the file; made if it is not there.
         plan: a digest; a file of another plan is begun anew.
+        volumes: number of the plan's.
 
     Attributes:
         found: volumes that were finished before, by number.
     """
 
-    def __init__(self, path: Path, plan: str) -> None:
+    def __init__(self, path: Path, plan: str, volumes: int) -> None:
         self._path = path
         self._plan = plan
+        self._volumes = volumes
         self.found = self._read()
         self._file: TextIO | None = None
 
@@ -67,17 +71,26 @@ class Journal:
 
     def _read(self) -> dict[int, Converted]:
         try:
-            first, *lines = self._path.read_text(encoding="ascii").splitlines()
-            if json.loads(first) != {"plan": self._plan}:
-                return {}
-        except (OSError, ValueError):
+            text = self._path.read_text(encoding="ascii", errors="replace")
+        except OSError:
             return {}
-        found = {}
-        for line in lines:
-            try:
-                record = json.loads(line)
-                volume = Converted(record["number"], record["modality"], tuple(record["checksums"]))
-            except (ValueError, KeyError, TypeError):
-                break  # the line that was being written
-            found[volume.number] = volume
-        return found
+        records = [self._record(line) for line in text.splitlines()]
+        if not records or records[0] != {"plan": self._plan}:
+            return {}
+        # A line that was being written, or was damaged, is passed over: its volume is done again.
+        found = map(self._converted, filter(None, records[1:]))
+        return {volume.number: volume for volume in found if volume}
+
+    def _record(self, line: str) -> dict[str, Any] | None:
+        try:
+            return parse_object(self._path, line)
+        except UserError:
+            return None
+
+    def _converted(self, record: dict[str, Any]) -> Converted | None:
+        number, modality, checksums = map(record.get, ("number", "modality", "checksums"))
+        if type(number) is not int or not 0 <= number < self._volumes:
+            return None
+        if modality not in ("ct", "mr") or not isinstance(checksums, list):
+            return None
+        return Converted(number, modality, tuple(checksums))

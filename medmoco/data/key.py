@@ -8,11 +8,12 @@ from dataclasses import astuple
 from hashlib import blake2b
 from pathlib import Path
 
+from medmoco.data.nifti import ReadFault, read_error
 from medmoco.data.sources import Source
 from medmoco.data.store import CacheSettings
 from medmoco.regular_file import open_regular
 
-VERSION = 2  # of the cache's files and of the conversion
+VERSION = 3  # of the cache's files and of the conversion
 READERS = 16  # threads; they wait for the disk
 BATCH = 16  # volumes that a thread takes at a time
 EDGE_BYTES = 64 << 10  # of each end of a file; a .gz ends with CRC and length
@@ -24,7 +25,11 @@ def cache_key(
     classes: Sequence[str] | None,
     values: Sequence[int] | None,
 ) -> str:
-    """Changes with whatever would change the cache: settings, names, and the files' content."""
+    """Changes with whatever would change the cache: settings, names, and the files' content.
+
+    Raises:
+        ReadFault: a file cannot be read now.
+    """
     digest = blake2b(digest_size=10)
     described = [VERSION, astuple(settings), classes, values]
     digest.update(json.dumps(described).encode())
@@ -52,6 +57,8 @@ def _fingerprint(path: Path) -> bytes:
             file.seek(max(len(head), state.st_size - EDGE_BYTES))
             tail = file.read(EDGE_BYTES)
     except OSError as error:
+        if isinstance(fault := read_error(path, error), ReadFault):
+            raise fault from None  # another time the key would be another one
         return name + b" " + type(error).__name__.encode()
     changed = 0 if path.name.endswith(".gz") else state.st_mtime_ns
     return name + f" {state.st_size} {changed} ".encode() + blake2b(head + tail).digest()

@@ -1,5 +1,6 @@
 """Checked reading of one NIfTI file: its header is never believed before the file bears it out."""
 
+import errno
 import gzip
 import os
 import zlib
@@ -17,7 +18,8 @@ from nibabel.nifti2 import Nifti2Header
 from nibabel.orientations import io_orientation
 from nibabel.spatialimages import HeaderDataError
 
-from medmoco.errors import UserError
+from medmoco.data.memory import available_memory
+from medmoco.errors import Fault, UserError
 from medmoco.regular_file import open_regular
 
 # Deflate packs at most 1032 bytes into one (zlib technical notes, "maximum compression factor").
@@ -33,6 +35,13 @@ UNIT_BITS = 7
 MIN_SPACING, MAX_SPACING = 1e-5, 5000.0  # mm: from below microscopy to beyond any scanner
 
 
+# What an OSError tells of the file itself. Others are of the disk, the network or the process.
+OF_THE_FILE = (
+    *(errno.EACCES, errno.EPERM, errno.EINVAL, errno.EISDIR, errno.ENOTDIR, errno.ELOOP),
+    *(errno.ENAMETOOLONG, errno.ENXIO, errno.ENODEV),
+)
+
+
 class VolumeError(UserError):
     """One file that cannot be used. `reason` is the message without the path."""
 
@@ -40,6 +49,12 @@ class VolumeError(UserError):
         super().__init__(f"{path}: {reason}")
         self.path = str(path)
         self.reason = reason
+
+
+class ReadFault(VolumeError, Fault):
+    """One file that cannot be read now, which says nothing of the file: too little memory, too many
+    open files, an error of the disk or of the network.
+    """
 
 
 @dataclass(frozen=True)
@@ -86,6 +101,7 @@ def read_channel(
     Raises:
         VolumeError: what `read_layout` raises, a truncated or damaged stream, a header that
             promises more than the file or the memory holds, or no such channel.
+        ReadFault: of these, what need not be so another time.
     """
     with _opened(path) as stream:
         layout = _parse_header(path, stream)
@@ -113,6 +129,14 @@ def read_channel(
     return voxels.reshape(layout.shape, order="F"), layout
 
 
+def read_error(path: Path, error: OSError) -> VolumeError:
+    """What to raise for a file that the system refuses: a ReadFault unless it tells of the file."""
+    if isinstance(error, FileNotFoundError):
+        return VolumeError(path, "expected a NIfTI file, got no such file")
+    kind = VolumeError if error.errno in OF_THE_FILE else ReadFault
+    return kind(path, f"cannot be read: {error.strerror or error}")
+
+
 @contextmanager
 def _opened(path: Path) -> Iterator[BinaryIO]:
     """The decompressed stream; whatever goes wrong while it is read becomes a VolumeError."""
@@ -128,18 +152,14 @@ def _opened(path: Path) -> Iterator[BinaryIO]:
             after = os.stat(path)  # by its name: a file that took its place is another one
             if any(getattr(before, name) != getattr(after, name) for name in IDENTITY):
                 raise VolumeError(path, "changed while it was read")
-    except FileNotFoundError:
-        raise VolumeError(path, "expected a NIfTI file, got no such file") from None
     except EOFError:
         raise VolumeError(path, "truncated: the gzip stream breaks off before its end") from None
     except (gzip.BadGzipFile, zlib.error) as error:
         raise VolumeError(path, f"damaged gzip stream: {error}") from None
     except MemoryError:
-        raise VolumeError(
-            path, "cannot be read: its voxels need more memory than there is"
-        ) from None
+        raise ReadFault(path, "cannot be read: its voxels need more memory than there is") from None
     except OSError as error:
-        raise VolumeError(path, f"cannot be read: {error.strerror or error}") from None
+        raise read_error(path, error) from None
 
 
 def _require_gzip(path: Path, file: BinaryIO) -> None:
@@ -240,21 +260,11 @@ def _check_promise(path: Path, layout: Layout) -> None:
     needed = layout.channel_bytes + WORKING_BYTES_PER_VOXEL * prod(layout.shape)
     available = available_memory()
     if needed > available:
-        raise VolumeError(
+        raise ReadFault(
             path,
             f"the header promises {size} voxels, which need {needed / 2**30:.1f} GiB of memory; "
             f"{available / 2**30:.1f} GiB are available",
         )
-
-
-def available_memory() -> int:
-    """Bytes that can be allocated without swapping; all of the memory where Linux does not say."""
-    try:
-        with open("/proc/meminfo", encoding="ascii") as file:
-            fields = dict(line.split(":", 1) for line in file)
-        return int(fields["MemAvailable"].split()[0]) << 10
-    except (OSError, KeyError):
-        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
 def _fill(stream: BinaryIO, voxels: np.ndarray, stored: np.dtype) -> int:

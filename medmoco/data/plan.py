@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from medmoco.data.convert import coarsest_axis
-from medmoco.data.nifti import VolumeError
+from medmoco.data.nifti import ReadFault, VolumeError
 from medmoco.data.shards import Shards, place
 from medmoco.data.sources import Source
 from medmoco.data.store import CacheSettings, image_shards, label_shards
@@ -71,7 +71,11 @@ def make_plan(
     classes: tuple[str, ...],
     values: tuple[int, ...],
 ) -> Plan:
-    """From the headers alone; files that cannot be read are reported by the conversion."""
+    """From the headers alone; files that cannot be read are reported by the conversion.
+
+    Raises:
+        ReadFault: a header cannot be read now.
+    """
     with ThreadPoolExecutor(HEADER_READERS) as pool:
         grids = list(pool.map(_grid, sources))
     readable = [grid for grid in grids if grid is not None]
@@ -86,5 +90,7 @@ def make_plan(
 def _grid(source: Source) -> Grid | None:
     try:
         return read_grid(source.image)
+    except ReadFault:
+        raise
     except VolumeError:
         return None

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
+from medmoco.data.index import CacheDamage
 from medmoco.errors import UserError
 
 SHARD_VOXELS = 1 << 31  # 4 GiB of images: what file systems, copies and archives of all kinds take
@@ -69,11 +70,12 @@ class Shards:
                 file.truncate(size * self.kind.itemsize)
 
     def check(self) -> None:
-        """Raises ValueError or OSError unless all files are there in their length."""
+        """Raises CacheDamage unless all files are there in their length; OSError if it cannot."""
         for shard, size in enumerate(self._sizes):
-            expected, got = size * self.kind.itemsize, self.path(shard).stat().st_size
+            path, expected = self.path(shard), size * self.kind.itemsize
+            got = path.stat().st_size if path.is_file() else 0
             if expected != got:
-                raise ValueError(f"{self.path(shard)}: expected {expected:,} bytes, got {got:,}")
+                raise CacheDamage(f"{path}: expected {expected:,} bytes, got {got:,}")
 
     def write(self, shard: int, start: int, stack: np.ndarray) -> None:
         """Puts a stack in its place; threads may do so at once in different places."""

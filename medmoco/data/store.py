@@ -1,6 +1,5 @@
 """The opened slice cache: stacks in shards, and a table of their volumes."""
 
-import json
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,13 +7,12 @@ from typing import Any
 
 import numpy as np
 
+from medmoco.data.index import read_index
 from medmoco.data.shards import Shards
-from medmoco.data.table import VolumeTable
 from medmoco.data.volumes import BadFile
 from medmoco.errors import UserError
 
 FULL_SCALE = 65535  # the pixel value that stands for 1
-INDEX_NAME, TABLE_NAME = "index.json", "volumes.npy"
 
 
 @dataclass(frozen=True)
@@ -54,24 +52,25 @@ class SliceCache:
         volumes: one entry a volume, in the order of the sources.
         bad: files that were left out.
         classes, values: of the labels; empty without labels. Labels are stored as class indices.
+
+    Raises:
+        CacheDamage: it is not as it was published. Voxels are not compared: of the shards, only the
+            lengths are.
+        OSError: a file cannot be read.
     """
 
     def __init__(self, directory: Path):
         self.directory = Path(directory)
-        index = json.loads((self.directory / INDEX_NAME).read_text(encoding="utf-8"))
+        index, self.volumes = read_index(self.directory)
         settings = index["settings"] | {"window": tuple(index["settings"]["window"])}
         self.settings = CacheSettings(**settings)
         self.bad = tuple(BadFile(**entry) for entry in index["bad"])
         self.classes: tuple[str, ...] = tuple(index["classes"])
         self.values: tuple[int, ...] = tuple(index["values"])
-        self.volumes = VolumeTable.load(self.directory / TABLE_NAME)
         self._images = image_shards(self.directory, index["shards"])
         self._labels = label_shards(self.directory, index["shards"]) if self.classes else None
         for shards in filter(None, (self._images, self._labels)):
             shards.check()
-        ends = self.volumes.start + self.volumes.shape.prod(axis=1)
-        if (ends > np.asarray(index["shards"])[self.volumes.shard]).any():
-            raise ValueError(f"{TABLE_NAME} and {INDEX_NAME} are of two caches")
 
     def __len__(self) -> int:
         return self.volumes.slices

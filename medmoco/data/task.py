@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from medmoco.data.nifti import VolumeError
+from medmoco.data.nifti import ReadFault, VolumeError
 from medmoco.data.paths import inside
 from medmoco.data.volumes import (
     ABDOMEN_1K_IMAGES,
@@ -268,6 +268,8 @@ def _discovered_classes(cases: tuple[Case, ...]) -> tuple[tuple[str, ...], tuple
     for case in tqdm(cases, desc="label values (no dataset.json)", unit="file", disable=None):
         try:
             found = np.unique(read_volume(case.label, label=True).voxels)
+        except ReadFault:
+            raise  # else its values would be missing now, and not another time
         except VolumeError:
             continue
         if found[0] < 0 or found[-1] > MAX_VALUE:
