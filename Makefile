@@ -17,7 +17,7 @@ check:
 	git ls-files 'csrc/*' 'tests/cpp/*.cpp' 'tests/emulator/*.cpp' 'tests/emulator/*.h' | xargs clang-format --dry-run -Werror
 
 test:
-	$(PYTHON) -m pytest
+	$(PYTHON) -m pytest -n 2 --dist loadfile
 
 # What the tests do in seconds, for as long as it takes to trust it; docs/reliability.md has the figures.
 soak:

@@ -16,7 +16,7 @@ def code_block(label: str) -> str:
 def test_the_quick_start_is_two_commands():
     assert code_block("sh quick-start").splitlines() == [
         "pip install -e . && python -m medmoco.train",
-        "pip install -e '.[test]' && pytest",
+        "pip install -e '.[test]' && pytest -n 2 --dist loadfile",
     ]
 
 
