@@ -34,7 +34,7 @@ CHANGES = (
     *("shutil.rmtree", "shutil.move"),
 )
 WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
-ASLEEP = 6  # times the seconds an input may take, until one that does not compute is lost
+ASLEEP = 2.0  # seconds in which a process neither computes nor wants to, until its input is lost
 HARD_LIMIT = 6 << 30  # bytes more than at the start, where allocations begin to fail
 
 
@@ -97,7 +97,7 @@ def run(
                     worker.receive(outcome)
                 elif worker.late(seconds):
                     worker.kill()
-                    worker.lost(outcome, f"hangs for more than {seconds:g} s")
+                    worker.lost(outcome, f"hangs, computes for more than {seconds:g} s or sleeps")
                 if worker.done:
                     crew.remove(worker)
     return outcome
@@ -133,8 +133,13 @@ class _Worker:
         self.process = context.Process(target=_work, args=arguments, daemon=True)
         self.process.start()
         theirs.close()
-        self.at, self.since, self.used = self.numbers.start, time.monotonic(), 0.0
+        self._begin(self.numbers.start)
         self.done = False
+
+    def _begin(self, number: int) -> None:
+        self.at = number
+        _, self.used = self.last = self._state()
+        self.woke = time.monotonic()
 
     def receive(self, outcome: Outcome) -> None:
         try:
@@ -147,7 +152,7 @@ class _Worker:
                 self.lost(outcome, f"ends the process, status {self.process.exitcode}")
             return
         if isinstance(message, int):
-            self.at, self.since, self.used = message, time.monotonic(), self._processor()
+            self._begin(message)
             return
         name, finding, seconds, memory = message
         outcome.inputs[name] += 1
@@ -157,20 +162,23 @@ class _Worker:
             outcome.findings.append(f"{self.at} {name}: {finding}")
 
     def late(self, seconds: float) -> bool:
-        """By the processor's time, which other programs do not take, or asleep for long."""
-        if time.monotonic() - self.since < seconds:
-            return False
-        idle = time.monotonic() - self.since > ASLEEP * seconds
-        return idle or self._processor() - self.used > seconds
+        """By the processor's time, which other programs do not take, or asleep for long.
 
-    def _processor(self) -> float:
-        """Seconds that the process has computed for; 0 of one that is gone."""
+        A process that waits for a processor or a disk of a busy machine is not asleep.
+        """
+        before, self.last = self.last, self._state()
+        if self.last != before or self.last[0] != "S":
+            self.woke = time.monotonic()
+        return self.last[1] - self.used > seconds or time.monotonic() - self.woke > ASLEEP
+
+    def _state(self) -> tuple[str, float]:
+        """As /proc has it, S for asleep, and seconds computed; of one that is gone X and 0."""
         try:
             line = Path(f"/proc/{self.process.pid}/stat").read_text()
         except OSError:
-            return 0.0
-        fields = line.rpartition(")")[2].split()
-        return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+            return "X", 0.0
+        state, *fields = line.rpartition(")")[2].split()
+        return state, (int(fields[10]) + int(fields[11])) / os.sysconf("SC_CLK_TCK")
 
     def kill(self) -> None:
         self.process.kill()
