@@ -29,3 +29,10 @@ def telling_what_is_kept(kept: Callable[[], str]) -> Iterator[None]:
         yield
     except Fault as fault:
         raise Fault(f"{fault}; {kept()}") from fault
+
+
+@contextmanager
+def keeping_what_is_finished() -> Iterator[None]:
+    """`telling_what_is_kept` of work in stages, each of which leaves whole files."""
+    with telling_what_is_kept(lambda: "what is finished is kept, and --resume goes on from there"):
+        yield

@@ -2,6 +2,7 @@
 
 import sys
 from collections.abc import Iterable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
@@ -12,7 +13,7 @@ from medmoco.data.cache import build_cache
 from medmoco.data.sources import folder_sources, read_case_list
 from medmoco.data.store import CacheSettings, SliceCache
 from medmoco.distributed import joined, launch, own_device
-from medmoco.errors import UserError
+from medmoco.errors import UserError, keeping_what_is_finished
 from medmoco.launch import choose_output, create_run
 from medmoco.methods import COMMON, MAX_IMAGE_SIZE, PRESETS, Config, resolve
 from medmoco.models.weights import read_weights, with_architecture
@@ -198,7 +199,7 @@ def with_init(config: Config) -> Config:
     return config
 
 
-@stopping_at_once("after the training; what is finished is kept")
+@keeping_what_is_finished()
 def write_summary(run: Pretraining) -> None:
     """Writes summary.json, the plots and report.html of a run that is over."""
     output = run.output
@@ -216,14 +217,18 @@ def main(argv: Sequence[str] | None = None) -> None:
     config = with_init(choose_output(config, config.method))
     cache = open_slices(config)
     config = resolve(config, cache, launch().world)
-    with joined(own_device(config.device)):
-        run = Pretraining(config, cache)
+    with ExitStack() as stack:
+        with joined(own_device(config.device)):
+            run = Pretraining(config, cache)
+            if launch().rank == 0:
+                create_run(config, "pretrain")
+            # From here on --resume goes on, wherever the steps do not notice a stop themselves.
+            stack.enter_context(
+                stopping_at_once("outside of the training; what is finished is kept")
+            )
+            run.run()
         if launch().rank == 0:
-            create_run(config, "pretrain")
-        run.run()
-    if launch().rank != 0:
-        return
-    write_summary(run)
+            write_summary(run)
 
 
 if __name__ == "__main__":

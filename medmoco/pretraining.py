@@ -163,7 +163,9 @@ class Pretraining:
         if self.checkpoints.written:  # by rank 0
             say(f"pretrain: {self.checkpoints.cost(self.seconds)}")
         if rank() == 0:
-            save_encoder(self.output / "encoder.pt", self.model.query.encoder, **self.metadata())
+            encoder = self.model.query.encoder
+            with telling_what_is_kept(self._kept):
+                save_encoder(self.output / "encoder.pt", encoder, **self.metadata())
         return self.diagnostics
 
     def _train_epoch(self, bar: tqdm, stop: StopRequest) -> None:

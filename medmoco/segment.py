@@ -20,7 +20,7 @@ from medmoco.data.splits import write_split
 from medmoco.data.store import SliceCache
 from medmoco.distributed import launch
 from medmoco.downstream import Segmentation, default_stride
-from medmoco.errors import UserError, telling_what_is_kept
+from medmoco.errors import UserError, keeping_what_is_finished
 from medmoco.labelled import (
     image_grid,
     open_labelled,
@@ -209,16 +209,15 @@ def run_stages(segmentation: Segmentation, encoder: Encoder | None, output: Path
     """
     config = segmentation.config
     results: dict[str, Any] = {"linear": None, "finetune": None, "controls": {}}
-    with telling_what_is_kept(lambda: f"what is finished in {output} is kept, --resume goes on"):
-        for stage, control in CONTROLS.items():
-            if config.mode not in (stage, "both"):
-                continue
-            if encoder is not None:
-                results[stage] = segmentation.run(stage, "pretrained", encoder, output)
-            if encoder is None or config.controls:
-                result = segmentation.run(stage, control, None, output)
-                results["controls"][f"{stage}_{control}"] = result
-        write_cases(output, segmentation.cache, results)
+    for stage, control in CONTROLS.items():
+        if config.mode not in (stage, "both"):
+            continue
+        if encoder is not None:
+            results[stage] = segmentation.run(stage, "pretrained", encoder, output)
+        if encoder is None or config.controls:
+            result = segmentation.run(stage, control, None, output)
+            results["controls"][f"{stage}_{control}"] = result
+    write_cases(output, segmentation.cache, results)
     return results
 
 
@@ -253,6 +252,7 @@ def _shown(dice: float | None) -> str:
 
 
 @stopping_at_once("outside of a training; what is finished is kept")
+@keeping_what_is_finished()
 def run_and_summarise(
     segmentation: Segmentation, encoder: Encoder | None, metadata: dict[str, Any]
 ) -> dict[str, Any]:

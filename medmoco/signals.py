@@ -29,11 +29,15 @@ def leave_stopping_to_the_trainer(worker: int) -> None:
 
 
 class StopRequest:
-    """Context in which SIGTERM and SIGUSR1 only set `asked`; a second request ends at once."""
+    """Context in which SIGTERM and SIGUSR1 only set `asked`; a second request ends at once.
+
+    A request that comes too late to be followed goes on to whoever handled signals before.
+    """
 
     def __init__(self) -> None:
         self.asked = False
         self._asked_at = 0.0
+        self._asked_by = 0
         self._previous: dict[int, signal.Handlers] = {}
 
     def __enter__(self) -> "StopRequest":
@@ -49,10 +53,12 @@ class StopRequest:
     ) -> None:
         for number, handler in self._previous.items():
             signal.signal(number, handler)
+        if self.asked and kind is None:
+            signal.raise_signal(self._asked_by)
 
     def _notice(self, number: int, frame: FrameType | None) -> None:
         if not self.asked:
-            self.asked, self._asked_at = True, time.monotonic()
+            self.asked, self._asked_by, self._asked_at = True, number, time.monotonic()
         elif time.monotonic() - self._asked_at > SAME_REQUEST_SECONDS:
             # An exception could be caught, or lost in a destructor.
             signal.signal(number, signal.SIG_DFL)

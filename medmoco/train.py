@@ -7,6 +7,7 @@ works; no claim about a method rests on phantoms.
 import dataclasses
 import sys
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from medmoco.data.phantom import generate_phantom
 from medmoco.data.splits import write_split
 from medmoco.distributed import joined, launch, own_device
 from medmoco.downstream import Segmentation
-from medmoco.errors import UserError
+from medmoco.errors import UserError, keeping_what_is_finished
 from medmoco.labelled import read_split
 from medmoco.launch import choose_output, create_run
 from medmoco.methods import resolve
@@ -77,21 +78,23 @@ def main(argv: Sequence[str] | None = None) -> None:
     located = locate_data(asked)
     cache = open_slices(located, exclude=kept_from_pretraining(located))
     config = resolve(located, cache, launch().world)
-    with joined(own_device(config.device)):
-        pretraining = Pretraining(config, cache)
-        segmentation = None
-        if config.task is not None:
-            segmentation = prepare(segment_config(config), pretraining.metadata())
-        if launch().rank == 0:
-            # As asked: --resume and --config then take the same road to the data, or phantoms.
-            create_run(dataclasses.replace(config, data=asked.data, task=asked.task), "train")
-        pretraining.run()
-    if launch().rank != 0:  # segmentation is the work of one process
-        return
-    segment_and_report(config, pretraining, segmentation)
+    with ExitStack() as stack:
+        with joined(own_device(config.device)):
+            pretraining = Pretraining(config, cache)
+            segmentation = None
+            if config.task is not None:
+                segmentation = prepare(segment_config(config), pretraining.metadata())
+            if launch().rank == 0:
+                # As asked: --resume and --config then take the same road to the data, or phantoms.
+                create_run(dataclasses.replace(config, data=asked.data, task=asked.task), "train")
+            # From here on --resume goes on, wherever the steps do not notice a stop themselves.
+            stack.enter_context(stopping_at_once("outside of a training; what is finished is kept"))
+            pretraining.run()
+        if launch().rank == 0:  # segmentation is the work of one process
+            segment_and_report(config, pretraining, segmentation)
 
 
-@stopping_at_once("outside of a training; what is finished is kept")
+@keeping_what_is_finished()
 def segment_and_report(
     config: TrainConfig, pretraining: Pretraining, segmentation: Segmentation | None
 ) -> None:

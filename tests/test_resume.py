@@ -260,9 +260,26 @@ def test_a_stop_after_the_training_leaves_what_is_finished(unbroken, tmp_path, m
         patch.setattr(pretrain, "write_plots", lambda _: os.kill(os.getpid(), signal.SIGTERM))
         assert run_command(pretrain.main, ["--output", str(output), "--resume"]) == 0
     assert (
-        "after the training; what is finished is kept; --resume goes on from there"
+        "outside of the training; what is finished is kept; --resume goes on from there"
         in capsys.readouterr().err
     )
     assert not (output / "report.html").exists()
     pretrain.main(["--output", str(output), "--resume"])
     assert (output / "report.html").is_file()
+
+
+@pytest.mark.parametrize("place", ["restore", "summary", "metadata"])
+def test_a_stop_before_and_after_the_steps_is_followed_at_once(
+    unbroken, tmp_path, monkeypatch, capsys, place
+):
+    """As the checkpoint is read, as encoder.pt is written, and between the two files."""
+    output = tmp_path / "copy"
+    shutil.copytree(unbroken, output)
+    with monkeypatch.context() as patch:
+        patch.setattr(
+            pretrain.Pretraining, place, lambda self: os.kill(os.getpid(), signal.SIGTERM)
+        )
+        assert run_command(pretrain.main, ["--output", str(output), "--resume"]) == 0
+    assert "; --resume goes on from there" in capsys.readouterr().err
+    pretrain.main(["--output", str(output), "--resume"])
+    assert_same_end(unbroken, output)

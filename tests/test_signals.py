@@ -46,10 +46,20 @@ def test_a_second_request_ends_at_once_whatever_catches_exceptions(saving, secon
 
 
 def test_a_request_that_is_told_twice_is_one():
-    with signals.StopRequest() as stop:
+    with pytest.raises(signals.Stopped), signals.StopRequest() as stop:
         signal.raise_signal(signal.SIGTERM)
         signal.raise_signal(signal.SIGTERM)
         assert stop.asked
+        raise signals.Stopped
+
+
+def test_a_request_too_late_to_be_followed_goes_on_to_who_handled_signals_before():
+    with (
+        pytest.raises(signals.Stopped, match="stopped here"),
+        signals.stopping_at_once("here"),
+        signals.StopRequest(),
+    ):
+        signal.raise_signal(signal.SIGUSR1)
 
 
 def test_handlers_are_as_before_afterwards():

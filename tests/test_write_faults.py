@@ -2,6 +2,7 @@
 
 import errno
 import resource
+import shutil
 import subprocess
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -178,12 +179,33 @@ def test_a_disk_that_is_full_when_the_cache_is_built_is_named_and_leaves_nothing
 ):
     place = ["--cache", str(tmp_path / "cache"), "--output", str(tmp_path / "run")]
     with files_of_at_most(100_000):
-        assert run_command(pretrain.main, [*flags, *place]) == 2
+        assert run_command(pretrain.main, [*flags, *place]) == 1
     error = capsys.readouterr().err
     assert f"{tmp_path / 'cache'}: the slice cache cannot be written: " in error
     assert not (tmp_path / "run").exists()
     left = sum(file.stat().st_size for file in (tmp_path / "cache").rglob("*"))
     assert left < 100_000, "what cannot be used takes room"
+
+
+@pytest.mark.parametrize(
+    ("name", "kept"),
+    [
+        ("encoder.pt", "last.pt is whole, and --resume goes on from it"),
+        ("summary.json", "what is finished is kept, and --resume goes on from there"),
+        ("report.html", "what is finished is kept, and --resume goes on from there"),
+    ],
+)
+def test_what_cannot_be_written_after_the_training_is_named_with_what_is_kept(
+    unbroken, tmp_path, capsys, name, kept
+):
+    output = tmp_path / "run"
+    shutil.copytree(unbroken, output)
+    (output / name).unlink()
+    (output / name).mkdir()  # what is written takes its place, which fails whoever runs the test
+    assert run_command(pretrain.main, ["--resume", "--output", str(output)]) == 1
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error.startswith(f"error: {output / name}: cannot be written: Is a directory; ")
+    assert error.endswith(kept)
 
 
 def test_an_output_that_cannot_be_written_is_named_before_the_training(flags, capsys):

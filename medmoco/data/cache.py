@@ -60,10 +60,10 @@ def build_cache(
             default: cores, 8 at most.
 
     Raises:
-        UserError: names all bad files together, each with its reason; CT and MR are mixed; or the
-            cache cannot be written.
-        Fault: a file cannot be read now, which says nothing of the file. It is not left out by
-            `skip_bad` either: the cache would lack it for good.
+        UserError: names all bad files together, each with its reason; CT and MR are mixed; or
+            `root` cannot be made.
+        Fault: the cache cannot be written, or a file cannot be read now, which says nothing of the
+            file. It is not left out by `skip_bad` either: the cache would lack it for good.
     """
     if not sources:
         raise UserError("slice cache: expected at least one volume, got none")
@@ -74,6 +74,11 @@ def build_cache(
     if found is None:
         try:
             root.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(
+                f"{root}: the slice cache cannot be written: {error.strerror}"
+            ) from error
+        try:
             with locked(root / f".{key}.lock", "cache"):
                 found = _open(directory)  # the process that was waited for may have built it
                 if found is None:
@@ -92,7 +97,7 @@ def build_cache(
                 "the case of a file that never can be read"
             ) from fault
         except OSError as error:
-            raise UserError(f"{root}: the slice cache cannot be written: {error}") from error
+            raise Fault(f"{root}: the slice cache cannot be written: {error}") from error
     cache = SliceCache(directory) if found is None else found
     if cache.bad and not skip_bad:
         raise bad_files(cache.bad, len(sources))

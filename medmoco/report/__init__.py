@@ -19,8 +19,9 @@ def write_report(run_dirs: Sequence[Path], output: Path) -> Path:
     """Writes the page that shows the runs; the same folders give the same bytes.
 
     Raises:
-        UserError: a folder is no run or is given twice, a file in it is broken, or the output
-            cannot be written.
+        UserError: a folder is no run or is given twice, a file in it is broken, or there is no
+            folder for the output.
+        Fault: the output cannot be written.
     """
     folders = [Path(folder) for folder in run_dirs]
     places = [folder.resolve() for folder in folders]
@@ -28,11 +29,9 @@ def write_report(run_dirs: Sequence[Path], output: Path) -> Path:
         if place in places[:i]:
             raise UserError(f"{folders[i]}: expected different runs, got this one twice")
     output = Path(output)
-    content = report_page([read_run(folder) for folder in folders])
-    try:
-        write_text(output, content)
-    except OSError as error:
-        raise UserError(f"--output {output}: cannot be written: {error}") from error
+    if not output.parent.is_dir():
+        raise UserError(f"--output {output}: expected a folder that exists, got {output.parent}")
+    write_text(output, report_page([read_run(folder) for folder in folders]))
     return output
 
 
