@@ -10,39 +10,44 @@ import json
 import os
 import signal
 import sys
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
+from rank_steps import (
+    CASES,
+    gradient_of_own_statistics,
+    in_float64,
+    random_images,
+    small_model,
+    trained,
+)
 from torch import nn
-from torch.nn import functional
 
 from medmoco import pretrain
 from medmoco.command import run_command
 from medmoco.distributed import gather_rows, joined, launch, own_part, rank, require_same, world
 from medmoco.errors import UserError
-from medmoco.models.branch import Branch
-from medmoco.models.encoder import Encoder
-from medmoco.models.moco import MoCo
 from medmoco.models.rank_norm import share_statistics
 from medmoco.pretraining import Pretraining
 
 take_step = Pretraining._train_step
 
 
-def at_step(step: int, act: Callable[[], None]) -> None:
+def at_step(step: int, act: Callable[[Pretraining], None]) -> None:
     """Lets this rank act before a step, in the runs from here on."""
 
     def act_then_step(self, batch):
         if self.step + 1 == step:
-            act()
+            act(self)
         return take_step(self, batch)
 
     Pretraining._train_step = act_then_step
 
 
-def signal_self(number: int) -> None:
-    os.kill(os.getpid(), number)
+def spoil(run: Pretraining) -> None:
+    next(run.model.query.parameters()).data.fill_(torch.nan)
 
 
 def weighted(layer: nn.Module, images: torch.Tensor, weight: torch.Tensor) -> list[torch.Tensor]:
@@ -88,24 +93,49 @@ def check_difference_is_told() -> None:
         raise AssertionError("a difference between ranks went unnoticed")
 
 
-def shuffled_keys(images: torch.Tensor, batch: int) -> torch.Tensor:
-    """Keys of this rank's part of the first `batch` images, with shuffled statistics."""
-    torch.manual_seed(0)
-    branch = Branch(Encoder("resnet18", width=0.125, output_stride=8), 16, None, local=False)
-    model = MoCo(
-        branch,
-        queue_size=4,
-        momentum=0.9,
-        temperature=0.2,
-        key_norm="shuffle",
-        local="none",
-        global_weight=1.0,
-        local_weight=0.5,
-        covariance_weight=0.0,
-        regions=2,
-    )
+def shuffled_keys(images: torch.Tensor, over_ranks: bool = True) -> torch.Tensor:
+    """Keys of this rank's part of the images."""
+    model = small_model("none", "none", "shuffle", over_ranks)
     generator = torch.Generator().manual_seed(2)
-    return model.encode_keys(own_part(images[:batch]), generator).projection
+    return model.encode_keys(own_part(images), generator).projection
+
+
+def check_shuffle(images: torch.Tensor, alone: torch.Tensor) -> None:
+    """Splits that ranks share have the keys of one rank; else each rank's share is a split."""
+    torch.testing.assert_close(shuffled_keys(images), own_part(alone), rtol=0, atol=1e-9)
+    model = small_model("none", "none", "shuffle", over_ranks=False)
+    order = torch.randperm(len(images), generator=torch.Generator().manual_seed(2))
+    with torch.no_grad():
+        maps = torch.cat([model.key.encoder(images[share]) for share in order.chunk(world())])
+        expected = model.key.embed(own_part(maps[torch.argsort(order)])).projection
+    found = shuffled_keys(images, over_ranks=False)
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-9)
+
+
+def check_steps(alone: dict[Sequence[str], list[torch.Tensor]], own: torch.Tensor) -> None:
+    """Several ranks learn what one learned `alone`; with their own statistics, the mean `own`."""
+    for case, expected in alone.items():
+        for one, several in zip(expected, trained(case), strict=True):
+            torch.testing.assert_close(
+                several, one, rtol=1e-9, atol=1e-9, msg=lambda told, case=case: f"{case}: {told}"
+            )
+    torch.testing.assert_close(gradient_of_own_statistics(1), own, rtol=1e-9, atol=1e-9)
+
+
+def begin_late() -> None:
+    """Lets rank 0 make the folders late; no rank may need the others before that."""
+    create_run, require_agreement = pretrain.create_run, Pretraining._require_agreement
+
+    def create_late(config, command):
+        time.sleep(0.3)
+        create_run(config, command)
+
+    def see_then_require(self):
+        assert (self.output / "config.json").is_file()
+        require_agreement(self)
+
+    pretrain.create_run = create_late
+    Pretraining._require_agreement = see_then_require
 
 
 def main() -> int:
@@ -113,24 +143,29 @@ def main() -> int:
     if mode == "killed":
         if launch().rank == 1:
             attempt = launch().restarts
-            at_step(5 + attempt, lambda: signal_self(signal.SIGKILL))
+            at_step(5 + attempt, lambda run: os.kill(os.getpid(), signal.SIGKILL))
         return run_command(pretrain.main, arguments)
     pretrain.write_plots = lambda folder: None  # slow, and no matter of ranks
     pretrain.write_report = lambda folders, path: path
-    torch.manual_seed(0)
-    images = functional.interpolate(torch.rand(96, 1, 4, 4), 16)
-    # Whole splits of 32 for each rank; parts of splits; splits of a length that nothing divides.
-    alone = {batch: shuffled_keys(images, batch) for batch in (64, 96)}
+    begin_late()
     statuses = []
+    with in_float64():
+        images = random_images(2, seed=3).flatten(0, 1)[:96]
+        alone = shuffled_keys(images)
+        steps = {case: trained(case) for case in CASES}
+        mean = gradient_of_own_statistics(2)
     with joined(torch.device("cpu")):
         check_norm()
         check_gather()
         check_difference_is_told()
-        for batch, keys in alone.items():
-            torch.testing.assert_close(shuffled_keys(images, batch), own_part(keys))
+        with in_float64():
+            check_shuffle(images, alone)
+            check_steps(steps, mean)
         for run in json.loads(Path(arguments[0]).read_text()):
             if run.get("stopped_rank") == rank():
-                at_step(3, lambda: signal_self(signal.SIGTERM))
+                at_step(3, lambda run: os.kill(os.getpid(), signal.SIGTERM))
+            if run.get("spoiled"):
+                at_step(2, spoil)
             statuses.append(run_command(pretrain.main, run["argv"]))
             Pretraining._train_step = take_step
     print(json.dumps(statuses))

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -19,15 +20,8 @@ from medmoco.pretraining import Pretraining
 PROGRAM = Path(__file__).with_name("ranks_program.py")
 # 48 slices: the last 8 of an epoch fill no batch.
 TINY = [*("--width", "0.125", "--image-size", "32", "--output-stride", "8", "--batch-size", "10")]
-METHODS = {
-    "mocov2": ["--method", "mocov2"],
-    "medmoco": ["--method", "medmoco"],
-    "covariance": ["--method", "mocov2", "--decorrelation", "covariance", "--key-norm", "ema"],
-    "regions": [
-        *("--method", "mocov2", "--local", "regions", "--decorrelation", "iternorm"),
-        *("--whiten-at", "last-norm"),
-    ],
-}
+# Of how ranks may differ most: each with its own statistics, which the key branch then averages.
+OWN = ["--method", "mocov2", "--statistics", "rank", "--key-norm", "ema"]
 
 
 @pytest.fixture(scope="module")
@@ -44,7 +38,7 @@ def runs(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def one_rank(flags, runs) -> Path:
-    """Every method by this process, and one run that was stopped after its second step."""
+    """An epoch and two by this process, and one run that was stopped after its second step."""
     folder = runs / "one"
     take_step = Pretraining._train_step
 
@@ -56,8 +50,7 @@ def one_rank(flags, runs) -> Path:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(pretrain, "write_plots", lambda folder: None)
         patch.setattr(pretrain, "write_report", lambda folders, path: path)
-        for name, choice in METHODS.items():
-            pretrain.main([*flags, *choice, "--output", str(folder / name)])
+        pretrain.main([*flags, "--output", str(folder / "whole")])
         pretrain.main([*flags, "--epochs", "2", "--output", str(folder / "longer")])
         patch.setattr(Pretraining, "_train_step", stop_at_third)
         assert run_command(pretrain.main, [*flags, "--output", str(runs / "moved")]) == 0
@@ -70,16 +63,15 @@ def two_ranks(flags, one_rank, runs) -> Path:
     """The same by two processes; the run that was stopped goes on, and another one is stopped."""
     folder = runs / "two"
     calls = [
-        {"argv": [*flags, *choice, "--output", str(folder / name)]}
-        for name, choice in METHODS.items()
-    ]
-    calls += [
+        {"argv": [*flags, "--output", str(folder / "whole")]},
         {"argv": ["--output", str(runs / "moved"), "--resume"]},
         {"argv": [*flags, "--output", str(folder / "stopped")], "stopped_rank": 1},
         {"argv": [*flags, "--batch-size", "11", "--output", str(folder / "odd")]},
     ]
-    own = [*METHODS["covariance"], "--statistics", "rank"]
-    calls.append({"argv": [*flags, *own, "--output", str(folder / "own statistics")]})
+    calls += [
+        {"argv": [*flags, *OWN, "--output", str(folder / "own statistics")]},
+        {"argv": [*flags, "--output", str(folder / "spoiled")], "spoiled": True},
+    ]
     (runs / "calls.json").write_text(json.dumps(calls))
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -103,8 +95,11 @@ def two_ranks(flags, one_rank, runs) -> Path:
     for process, (_, errors) in zip(ranks, written, strict=True):
         assert process.returncode == 0, errors
         assert "--batch-size 11: expected a multiple of the 2 ranks" in errors
+    told = [re.search("the loss is nan at step 2, .*", errors).group() for _, errors in written]
+    assert told[0] == told[1]  # and it names the whole batch
+    assert sum(len(s.split(",")) for s in re.findall(r"slices? ([\d, ]+)", told[0])) == 10
     statuses = [json.loads(output.splitlines()[-1]) for output, _ in written]
-    assert statuses == [[0, 0, 0, 0, 0, 0, 2, 0]] * 2
+    assert statuses == [[0, 0, 0, 2, 0, 2]] * 2
     assert len(written[1][0].splitlines()) == 1, "the second rank speaks"
     return folder
 
@@ -132,14 +127,14 @@ def assert_same_training(one: Path, other: Path) -> None:
         torch.testing.assert_close(queues[1][name], queues[0][name], rtol=1e-3, atol=1e-3)
 
 
-@pytest.mark.parametrize("method", METHODS)
-def test_two_ranks_at_half_the_batch_train_as_one(one_rank, two_ranks, method):
-    assert len(records(one_rank / method)) == 4
-    assert_same_training(one_rank / method, two_ranks / method)
+def test_two_ranks_at_half_the_batch_train_as_one(one_rank, two_ranks):
+    """So do the steps of rank_steps.py, to 1e-9, without which these processes fail."""
+    assert len(records(one_rank / "whole")) == 4
+    assert_same_training(one_rank / "whole", two_ranks / "whole")
 
 
 def test_run_of_one_rank_goes_on_with_two(one_rank, two_ranks, runs):
-    assert_same_training(one_rank / "medmoco", runs / "moved")
+    assert_same_training(one_rank / "whole", runs / "moved")
 
 
 def test_signal_to_one_rank_stops_both_at_a_saved_step_and_one_rank_goes_on(one_rank, two_ranks):
@@ -147,13 +142,12 @@ def test_signal_to_one_rank_stops_both_at_a_saved_step_and_one_rank_goes_on(one_
     assert [record["step"] for record in records(stopped)] == [1, 2, 3]
     assert not (stopped / "encoder.pt").exists()
     pretrain.main(["--output", str(stopped), "--resume"])
-    assert_same_training(one_rank / "medmoco", stopped)
+    assert_same_training(one_rank / "whole", stopped)
 
 
 def test_statistics_may_stay_with_each_rank(two_ranks):
-    own, shared = (records(two_ranks / name) for name in ("own statistics", "covariance"))
-    assert len(own) == len(shared)
-    assert abs(own[0]["loss"] - shared[0]["loss"]) > 1e-3
+    own = records(two_ranks / "own statistics")
+    assert len(own) == 4 and own[0]["loss"] != records(two_ranks / "whole")[0]["loss"]
 
 
 def test_killed_rank_ends_the_job_and_restarts_go_on_from_the_checkpoint(flags, one_rank, runs):
@@ -169,7 +163,8 @@ def test_killed_rank_ends_the_job_and_restarts_go_on_from_the_checkpoint(flags, 
         timeout=300,
     )
     assert ended.returncode == 1, ended.stderr
-    assert time.monotonic() - started < 240  # not the day that ranks may prepare themselves
+    # Neither attempt waited for the 10 minutes that a message may take.
+    assert time.monotonic() - started < 240
     assert "rank 0 lost the others" in ended.stderr
     cause = ended.stderr.partition("Root Cause")[2]
     assert "rank      : 1" in cause and "SIGKILL" in cause
