@@ -15,7 +15,7 @@ from typing import Any
 from medmoco.errors import UserError
 from medmoco.regular_file import open_regular
 
-MAX_BYTES = 16 << 20  # as objects in memory it can be 30 times as much
+MAX_BYTES = 16 << 20  # as objects in memory it can be 60 times as much
 MAX_DEPTH = 64
 MAX_DIGITS = 300  # of a whole number; float64 ends at 309
 _BRACKET = re.compile(r"[\[\]{}]")

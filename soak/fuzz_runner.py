@@ -277,6 +277,8 @@ class _Guard:
         writes = event == "open" and isinstance(arguments[2], int) and arguments[2] & WRITING
         changed = arguments[: 2 if event == "os.rename" else 1] if event in CHANGES else ()
         paths = arguments[:1] if writes else changed
+        if event in ("os.remove", "os.rmdir") and arguments[1] != -1:  # within an open folder
+            paths = (Path(f"/proc/self/fd/{arguments[1]}", os.fsdecode(arguments[0])).parent,)
         if event in NEVER or not all(map(self._within, paths)):
             self.seen.append(f"{event} {str(arguments)[:200]}")
 

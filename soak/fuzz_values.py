@@ -79,6 +79,10 @@ def json_bytes(random: Random, value: Any) -> bytes:
         text = text.replace("{", '{"twice": 1, "twice": 2, ', 1)
     elif kind == 2:
         text = random.choice(("[", '{"a":', '["', "[[],")) * random.choice((70, 5000, 200_000))
+    elif kind == 3 and random.random() < 0.1:  # large
+        part = random.choice(("[],", '"ab",', '"\\\\n",', "{},", "1,", "1e1,", f'"{"x" * 999}",'))
+        # More than is read, or what takes a second or two: readers may read it twice.
+        text = "[" + part * (random.choice((6 << 20, 17 << 20)) // len(part)) + text + "]"
     elif kind == 3:
         text = text.replace("1", random.choice(("1e999", "NaN", "-Infinity", "1e-400", "0x1")), 1)
     content = text.encode("utf-8", "surrogatepass")
