@@ -275,6 +275,8 @@ def test_a_stop_before_and_after_the_steps_is_followed_at_once(
     """As the checkpoint is read, as encoder.pt is written, and between the two files."""
     output = tmp_path / "copy"
     shutil.copytree(unbroken, output)
+    monkeypatch.setattr(pretrain, "write_plots", lambda _: None)
+    monkeypatch.setattr(pretrain, "write_report", lambda _, output: output)
     with monkeypatch.context() as patch:
         patch.setattr(
             pretrain.Pretraining, place, lambda self: os.kill(os.getpid(), signal.SIGTERM)
