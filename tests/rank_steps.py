@@ -17,7 +17,7 @@ from medmoco.models.encoder import Encoder
 from medmoco.models.moco import MoCo, train_step
 from medmoco.models.whitening import IterNorm, ZCAWhitening, replace_last_norm
 
-BATCH, SIDE, STEPS, CHANNELS = 64, 16, 3, 64
+BATCH, SIDE, STEPS, CHANNELS = 64, 16, 2, 64
 # Local loss, decorrelation, normalisation of the keys.
 CASES = [
     ("none", "zca", "ema"),

@@ -24,6 +24,15 @@ TINY = [*("--width", "0.125", "--image-size", "32", "--output-stride", "8", "--b
 OWN = ["--method", "mocov2", "--statistics", "rank", "--key-norm", "ema"]
 
 
+@pytest.fixture(scope="module", autouse=True)
+def without_plots():
+    """They are slow, and no matter of ranks."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pretrain, "write_plots", lambda folder: None)
+        patch.setattr(pretrain, "write_report", lambda folders, path: path)
+        yield
+
+
 @pytest.fixture(scope="module")
 def flags(tiny_task, tmp_path_factory):
     cache = tmp_path_factory.mktemp("cache")
@@ -47,11 +56,9 @@ def one_rank(flags, runs) -> Path:
             os.kill(os.getpid(), signal.SIGTERM)
         return take_step(self, batch)
 
+    pretrain.main([*flags, "--output", str(folder / "whole")])
+    pretrain.main([*flags, "--epochs", "2", "--output", str(folder / "longer")])
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(pretrain, "write_plots", lambda folder: None)
-        patch.setattr(pretrain, "write_report", lambda folders, path: path)
-        pretrain.main([*flags, "--output", str(folder / "whole")])
-        pretrain.main([*flags, "--epochs", "2", "--output", str(folder / "longer")])
         patch.setattr(Pretraining, "_train_step", stop_at_third)
         assert run_command(pretrain.main, [*flags, "--output", str(runs / "moved")]) == 0
     assert records(runs / "moved")[-1]["step"] == 3
