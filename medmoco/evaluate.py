@@ -154,15 +154,16 @@ def write_results(output: Path, summary: dict[str, Any], table: str) -> None:
     """Writes both files.
 
     Raises:
-        UserError: they cannot be written.
+        UserError: their folder cannot be made.
+        Fault: they cannot be written.
     """
     try:
         output.mkdir(parents=True, exist_ok=True)
-        write_text(output / CSV_NAME, table)
-        write_json(output / SUMMARY_NAME, summary)
     except OSError as error:
         reason = error.strerror or error
         raise UserError(f"--output {output}: cannot be written: {reason}") from error
+    write_text(output / CSV_NAME, table)
+    write_json(output / SUMMARY_NAME, summary)
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ from medmoco.command import run_command
 from medmoco.config import option, parse
 from medmoco.data.inputs import Input, check_header, find_inputs
 from medmoco.data.nifti import VolumeError
-from medmoco.errors import UserError
+from medmoco.errors import Fault, UserError
 from medmoco.json_file import read_object
 from medmoco.launch import choose_device, create_run
 from medmoco.models.segmenter import Segmenter, find_segmenters, load_segmenter
@@ -224,7 +224,8 @@ def predict_all(
         What was wrong with volumes that --skip-bad left out.
 
     Raises:
-        UserError: a volume is bad without --skip-bad, or its label map cannot be written.
+        UserError: a volume is bad without --skip-bad.
+        Fault: a label map cannot be written.
     """
     bad: list[VolumeError] = []
     # Unlike Path.is_file, this is no error where the name is too long for the disk.
@@ -250,7 +251,7 @@ def predict_all(
                 bad.append(error)
                 continue
             except OSError as error:
-                raise UserError(
+                raise Fault(
                     f"{predictor.label_map(item)}: cannot be written: {error.strerror or error}; "
                     "finished label maps are kept, --resume goes on"
                 ) from error
