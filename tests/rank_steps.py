@@ -83,11 +83,12 @@ def trained(case: Sequence[str]) -> list[Tensor]:
     model = small_model(*case)
     optimizer = torch.optim.SGD(model.query.parameters(), lr=0.03, momentum=0.9)
     generator = torch.Generator().manual_seed(5)
+    clip_norm = 1.0 if case[1] == "zca" else 0.0  # which would hide a wrong scale
     found = []
     for step, images in enumerate(random_images(STEPS, seed=1)):
         ids = own_part(torch.arange(BATCH) + step * BATCH)
         views = draw_views(own_part(images), generator)
-        losses = train_step(model, optimizer, views, ids, generator, nullcontext(), 1.0)
+        losses = train_step(model, optimizer, views, ids, generator, nullcontext(), clip_norm)
         loss = gather_rows(losses.total.detach()[None]).mean()
         found += [loss, gradient_of(model)]
     parts = (model.query, model.queue, model.local_queue)
