@@ -2,6 +2,8 @@
 
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,13 @@ SECONDS = 600.0  # between two checkpoints within an epoch
 
 class AnotherRun(UserError):
     """The checkpoint is whole, but that of another training."""
+
+
+class Misfit(UserError):
+    """The checkpoint is whole, but its state does not fit the training.
+
+    The message lacks the file's name, which `Checkpoints.naming_misfits` adds.
+    """
 
 
 class Checkpoints:
@@ -39,6 +48,7 @@ class Checkpoints:
         self.previous = path.with_name(f"{path.stem}.previous{path.suffix}")
         self.identity = identity
         self._last_is_damaged = False
+        self._loaded = path
         self.written, self.seconds = 0, 0.0
 
     def newest(self) -> Path | None:
@@ -78,10 +88,28 @@ class Checkpoints:
             if damages:
                 self._last_is_damaged = True
                 print(f"warning: {damages[0]}\ngoing on from {path}", file=sys.stderr)
+            self._loaded = path
             return state
         if damages:
             raise UserError("\n".join([*damages, "no checkpoint is left to go on from"]))
         return None
+
+    @contextmanager
+    def naming_misfits(self) -> Iterator[None]:
+        """Context in which a training takes the state that `load` gave.
+
+        A state that does not fit is no damage by a kill or a disk: the checkpoint before it, which
+        may come from the same hands, is not gone on from instead.
+
+        Raises:
+            UserError: instead of a `Misfit`, with the name of the file.
+        """
+        try:
+            yield
+        except Misfit as misfit:
+            raise UserError(
+                f"{self._loaded}: whole, but no state of this run: {misfit}"
+            ) from misfit
 
     def remove(self) -> None:
         """Deletes what a training that is over needs no more."""

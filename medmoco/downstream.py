@@ -7,6 +7,7 @@ import hashlib
 import json
 import time
 from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -125,25 +126,33 @@ class Segmentation:
         begun = load_begun(checkpoints)
         started = time.monotonic() - (begun["seconds"] if begun else 0.0)
         course = begun["course"] if begun else None
-        metrics = MetricsLog(output / "metrics.jsonl", self.config.tensorboard)
-        # Of an attempt that was cut short, what is now trained again.
-        metrics.forget_training(stage, initialisation, whole_epochs(course) if course else 0)
-        progress = ProgressPlot(output)
+        closing = ExitStack()
+
+        @functools.cache
+        def written() -> tuple[MetricsLog, ProgressPlot]:
+            """Not before there is something to write: a checkpoint that does not fit this training
+            is refused with all that the run has written left as it is."""
+            metrics = MetricsLog(output / "metrics.jsonl", self.config.tensorboard)
+            # Of an attempt that was cut short, what is now trained again.
+            metrics.forget_training(stage, initialisation, whole_epochs(course) if course else 0)
+            return closing.enter_context(metrics), ProgressPlot(output)
 
         def save(state: dict[str, Any]) -> None:
-            metrics.sync()
+            written()[0].sync()
             checkpoints.save({"seconds": time.monotonic() - started, "course": state})
+
+        def log(*place: Any, **measured: Any) -> None:
+            self._log(*written(), about_model, *place, **measured)
 
         train: Callable[..., tuple[nn.Module, dict[str, Any]]] = self._train_linear
         if stage == "finetune":
             train = functools.partial(self._train_whole, begun=course, save=save)
         about_model = {"stage": stage, "encoder": initialisation}
-        log = functools.partial(self._log, metrics, progress, about_model)
-        with metrics, torch.random.fork_rng(devices=[]):
+        with closing, checkpoints.naming_misfits(), torch.random.fork_rng(devices=[]):
             torch.manual_seed(self.config.seed)
             copied = copy.deepcopy(encoder) if encoder else self._new_encoder()
             model, about = train(copied.to(self.device), encoder is not None, log)
-        progress.draw()
+            written()[1].draw()
         (folder / "result.json").unlink(missing_ok=True)  # of a model that is now replaced
         self._save(weights, model, "linear" if stage == "linear" else self.config.decoder)
         result = evaluate(

@@ -93,6 +93,7 @@ def finetune(
     Raises:
         Stopped: SIGTERM or SIGUSR1 asked for it.
         UserError: the loss or a weight is not finite.
+        Misfit: `begun` is no state of this training.
         Fault: slices cannot be read any more; the state is saved.
     """
     generator = torch.Generator(device).manual_seed(seed)
@@ -117,7 +118,7 @@ def finetune(
     best = BestWeights(patience)
     course = Course(model, optimizer, rates, sampler, generator, best)
     if begun is not None:
-        course.load(begun)
+        course.load(begun, epochs, len(batches), shown.shape[1])
     saved = time.monotonic()
 
     def save_if(due: bool) -> None:

@@ -7,6 +7,13 @@ import torch
 from torch import Tensor, nn
 
 from medmoco.checkpoint import AnotherRun, Checkpoints
+from medmoco.checkpoint_state import (
+    as_misfits,
+    begun_state,
+    course_state,
+    fitting_weights,
+    load_optimizer,
+)
 from medmoco.divergence import all_finite
 from medmoco.errors import UserError
 from medmoco.random_state import random_state, resume_generator, set_random_state
@@ -40,7 +47,7 @@ class Course:
         self,
         model: nn.Module,
         optimizer: torch.optim.Optimizer,
-        rates: torch.optim.lr_scheduler.LRScheduler,
+        rates: torch.optim.lr_scheduler.LambdaLR,
         sampler: ForegroundSampler,
         generator: torch.Generator,
         best: BestWeights,
@@ -119,26 +126,50 @@ class Course:
             "generator": self.generator.get_state(),
             "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
-            "rates": self.rates.state_dict(),
             "best": self.best.state(),
             "random": random_state(),
         }
 
-    def load(self, state: dict[str, Any]) -> None:
-        """Goes on from a state; on another kind of device with other random numbers."""
+    def load(self, state: dict[str, Any], epochs: int, batches: int, classes: int) -> None:
+        """Goes on from a state; on another kind of device with other random numbers.
+
+        Args:
+            state: as `state` gave it.
+            epochs: of the training.
+            batches: steps an epoch.
+            classes: with the background.
+
+        Raises:
+            Misfit: it is no state of this training; part of it may be loaded.
+        """
         device = self.generator.device
-        self.epoch, self.batch = state["epoch"], state["batch"]
-        if self.batch:
-            self.losses = list(state["losses"].to(device))
-            self.counts = list(state["counts"].to(device))
-        self.dice, self.finished = state["dice"], state["finished"]
-        self.sampler.generator.set_state(state["order"])
-        resume_generator(self.generator, state["generator"], self.epoch)
-        self.model.load_state_dict(state["model"])
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.rates.load_state_dict(state["rates"])
-        self.best.load(state["best"])
-        set_random_state(state["random"])
+        with as_misfits():
+            state = course_state(state, epochs, batches, classes)
+            self.epoch, self.batch = state["epoch"], state["batch"]
+            if self.batch:
+                self.losses = list(state["losses"].to(device))
+                self.counts = list(state["counts"].to(device))
+            self.dice, self.finished = state["dice"], state["finished"]
+            self.sampler.generator.set_state(state["order"])
+            resume_generator(self.generator, state["generator"], self.epoch)
+            self.model.load_state_dict(fitting_weights(self.model, state["model"], "model"))
+            steps = self.steps(batches)
+            load_optimizer(
+                self.optimizer, state["optimizer"]["state"], steps, self._set_rates(steps)
+            )
+            best = state["best"]
+            if best["weights"] or best["dice"] is not None:
+                best["weights"] = fitting_weights(self.model, best["weights"], "best.weights")
+            self.best.load(best)
+            set_random_state(state["random"])
+
+    def _set_rates(self, steps: int) -> float:
+        """The learning rate, a function of the step: nothing of a file is taken for it."""
+        (base,), (share,) = self.rates.base_lrs, self.rates.lr_lambdas
+        lr = float(base * share(steps))
+        place = {"last_epoch": steps, "_step_count": steps + 1, "_last_lr": [lr]}
+        self.rates.load_state_dict(self.rates.state_dict() | place)
+        return lr
 
 
 def whole_epochs(state: dict[str, Any]) -> int:
@@ -147,11 +178,17 @@ def whole_epochs(state: dict[str, Any]) -> int:
 
 
 def load_begun(checkpoints: Checkpoints) -> dict[str, Any] | None:
-    """The "course" that a fine-tuning has behind it, and its "seconds"; None where it begins."""
+    """The "course" that a fine-tuning has behind it, and its "seconds"; None where it begins.
+
+    Raises:
+        UserError: no checkpoint is whole, or the last one that is holds something else.
+    """
     try:
         begun = checkpoints.load()
     except AnotherRun:  # of other inputs: as their result, it is replaced
         return None
     if begun is not None:
+        with checkpoints.naming_misfits(), as_misfits():
+            begun = begun_state(begun)
         print(f"{checkpoints.path.stem}: going on in epoch {begun['course']['epoch']}")
     return begun

@@ -9,7 +9,6 @@ from collections import deque
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
@@ -18,8 +17,9 @@ from tqdm import tqdm
 import medmoco
 from medmoco.checkpoint import SECONDS as CHECKPOINT_SECONDS
 from medmoco.checkpoint import Checkpoints
+from medmoco.checkpoint_state import as_misfits, fitting_weights, load_optimizer, pretraining_state
 from medmoco.data.delivery import delivered
-from medmoco.data.slices import PixelGrid, SliceDataset, choose_grid
+from medmoco.data.slices import SliceDataset, choose_grid, oversampled
 from medmoco.data.store import SliceCache
 from medmoco.data.stream import EpochSampler, hold_out_patients, make_loader
 from medmoco.data.views import View, ViewConfig, sample_views
@@ -51,7 +51,6 @@ if TYPE_CHECKING:
 
 CALIBRATION_BATCHES = 8  # before the queue is filled, so that the first keys are normalised
 LOG_EVERY = 10  # steps between two readings of the losses, each of which waits for the device
-OVERSAMPLING = 1.5  # finer pixels than the image's are kept up to here, for crops that zoom in
 # A checkpoint goes on only where these agree: they shape the model, or the road that it takes.
 IDENTITY = (
     *("method", "arch", "width", "image_size", "output_stride", "embed_dim", "queue_size"),
@@ -198,7 +197,7 @@ class Pretraining:
         self.save()
 
     def _train_step(self, batch: dict[str, Tensor]) -> dict[str, Any]:
-        lr = 0.5 * self.config.lr * (1 + math.cos(math.pi * self.step / self.total_steps))
+        lr = self._lr(self.step)
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         views, ids = self.draw_views(batch), self.ids_of(batch["index"])
@@ -223,6 +222,10 @@ class Pretraining:
         parts = losses.as_dict()
         average_over_ranks(list(parts.values()))
         return record | parts
+
+    def _lr(self, step: int) -> float:
+        """Of a step, from 0: half a cosine."""
+        return 0.5 * self.config.lr * (1 + math.cos(math.pi * step / self.total_steps))
 
     # --- what a step needs ------------------------------------------------------------------
 
@@ -355,19 +358,22 @@ class Pretraining:
         Bit for bit on the same kind of device; on another one with other random numbers.
 
         Raises:
-            UserError: the last checkpoint and the one before it are damaged, or belong to another
-                run.
+            UserError: the last checkpoint and the one before it are damaged, or the one that is
+                whole belongs to another run, or holds what is no state of this one.
         """
         state = self.checkpoints.load()
         if state is None:
             self.metrics.forget_after(-1, -1)
             return
-        self.step, self.losses = state["step"], state["losses"]
-        self.diagnostics = state["diagnostics"]
-        self.model.load_state_dict(state["model"])
-        self.optimizer.load_state_dict(state["optimizer"])
-        resume_generator(self.generator, state["generator"], self.config.seed + self.step)
-        set_random_state(state["random"])
+        with self.checkpoints.naming_misfits(), as_misfits():
+            state = pretraining_state(state, self.total_steps, self.sampler.batches)
+            self.step, self.losses = state["step"], state["losses"]
+            self.diagnostics = state["diagnostics"]
+            self.model.load_state_dict(fitting_weights(self.model, state["model"], "model"))
+            lr = self._lr(max(self.step - 1, 0))
+            load_optimizer(self.optimizer, state["optimizer"]["state"], self.step, lr)
+            resume_generator(self.generator, state["generator"], self.config.seed + self.step)
+            set_random_state(state["random"])
         self.metrics.forget_after(self.step, self.diagnostics["step"])
 
     def _require_agreement(self) -> None:
@@ -465,12 +471,3 @@ class Pretraining:
             f"rank {'-' if rank is None else f'{rank:.1f}'}, "
             f"{last['images_per_second']:.0f} images/s, waiting {last['data_wait']:.0%}"
         )
-
-
-def oversampled(grid: PixelGrid, cache: SliceCache) -> PixelGrid:
-    """The same field of view in finer pixels, as far as the volumes have them."""
-    finest = float(np.median(cache.volumes.spacing[:, 1:].min(axis=1)))
-    factor = min(max(grid.spacing / finest, 1.0), OVERSAMPLING)
-    return PixelGrid(
-        round(grid.size * factor), grid.spacing * grid.size / round(grid.size * factor)
-    )

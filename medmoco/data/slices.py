@@ -12,6 +12,7 @@ from torch.utils.data import Dataset
 
 from medmoco.data.store import FULL_SCALE, SliceCache
 
+OVERSAMPLING = 1.5  # finer pixels than the image's are kept up to here, for crops that zoom in
 CANVAS_STEP = 32  # pixels: where the data decides a canvas's side, it is a multiple
 
 
@@ -51,6 +52,15 @@ def holding_all(cache: SliceCache, spacing: float) -> int:
     """Side of a canvas that holds every slice at `spacing` mm a pixel, a multiple of 32 pixels."""
     pixels = math.ceil(_longest(cache) / spacing - 1e-3)
     return CANVAS_STEP * math.ceil(pixels / CANVAS_STEP)
+
+
+def oversampled(grid: PixelGrid, cache: SliceCache) -> PixelGrid:
+    """The same field of view in finer pixels, as far as the volumes have them."""
+    finest = float(np.median(cache.volumes.spacing[:, 1:].min(axis=1)))
+    factor = min(max(grid.spacing / finest, 1.0), OVERSAMPLING)
+    return PixelGrid(
+        round(grid.size * factor), grid.spacing * grid.size / round(grid.size * factor)
+    )
 
 
 def _longest(cache: SliceCache) -> float:
