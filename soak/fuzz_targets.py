@@ -27,6 +27,12 @@ from fuzz_documents import (
 )
 from fuzz_files import link_or_pipe, put
 from fuzz_runner import Target
+from fuzz_states import (
+    read_finetuning,
+    read_pretraining,
+    write_finetuning,
+    write_pretraining,
+)
 from fuzz_tensors import tensor_file
 from fuzz_volumes import nifti_file
 from medmoco.checkpoint import load_checkpoint, save_checkpoint
@@ -116,6 +122,8 @@ TARGETS = {
     "checkpoint": Target(
         _write_tensors("checkpoint"), lambda p, _: load_checkpoint(p, IDENTITY), 20
     ),
+    "pretraining state": Target(write_pretraining, read_pretraining, 4),
+    "fine-tuning state": Target(write_finetuning, read_finetuning, 4),
     "encoder": Target(_write_tensors("encoder"), lambda p, _: load_encoder(p), 10),
     "weights": Target(_write_tensors("encoder"), lambda p, _: read_weights(p), 10),
     "segmenter": Target(_write_tensors("segmenter"), lambda p, _: load_segmenter(p), 10),

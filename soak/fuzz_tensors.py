@@ -1,11 +1,13 @@
 """Files of torch.save that are wrong on purpose: archives, pickles, and what they hold."""
 
+import copy
 import io
+import math
 import os
 import pickle
 import warnings
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import lru_cache
 from random import Random
 from typing import Any
@@ -41,6 +43,24 @@ def tensor_file(random: Random, content: dict[str, Any]) -> bytes:
     return _rebuilt(random, file)
 
 
+def state_file(random: Random, content: dict[str, Any]) -> bytes:
+    """A checkpoint that is whole, with something wrong in the state of nine of ten."""
+    kind = random.randrange(10)
+    if kind == 0:
+        return packed(content)
+    content = copy.deepcopy(content)
+    holder, key = content, "state"
+    if "course" in content["state"] and random.random() < 0.8:
+        holder, key = content["state"], "course"
+    if kind < 6:
+        holder[key] = mutated(random, holder[key], _odd_entry)
+        return _saved(random, content, old=0.0)
+    for _ in range(random.choice((1, 1, 3))):
+        place, name = random.choice(list(_places_of_tensors(holder[key])))
+        place[name] = _odd_twin(random, place[name])
+    return packed(content)
+
+
 def packed(content: Any, legacy: bool = False) -> bytes:
     """The bytes of torch.save, with our checksum where the format has a place for it."""
     buffer = io.BytesIO()
@@ -51,9 +71,9 @@ def packed(content: Any, legacy: bool = False) -> bytes:
     return bytes(archive)
 
 
-def _saved(random: Random, content: Any) -> bytes:
+def _saved(random: Random, content: Any, old: float = 0.2) -> bytes:
     try:
-        return packed(content, legacy=random.random() < 0.2)
+        return packed(content, legacy=random.random() < old)
     except (RecursionError, UnicodeEncodeError, ValueError, RuntimeError):
         return packed({"format": NASTY_NAMES[0]})  # torch itself writes no such thing
 
@@ -90,6 +110,40 @@ def _odd_entry(random: Random) -> Any:
     if kind == 1:
         return _circle() if random.random() < 0.5 else _doubled()
     return random.choice(_odd_tensors())
+
+
+def _places_of_tensors(value: Any) -> Iterator[tuple[Any, Any]]:
+    """The dictionaries and lists that hold a tensor, each with its key."""
+    for key, item in value.items() if isinstance(value, dict) else enumerate(value):
+        if isinstance(item, torch.Tensor):
+            yield value, key
+        elif isinstance(item, (dict, list)):
+            yield from _places_of_tensors(item)
+
+
+def _odd_twin(random: Random, tensor: torch.Tensor) -> torch.Tensor:
+    """The tensor with odd values, or with its values in another shape or type."""
+    kind = random.randrange(8)
+    if tensor.numel() == 0:
+        return tensor
+    if kind == 0:
+        return tensor.to(random.choice((torch.bfloat16, torch.float64, torch.int64, torch.uint8)))
+    if kind == 1:
+        return random.choice((tensor[None], tensor.flatten()[:-1], tensor.flatten()[:, None]))
+    if kind == 2:
+        return tensor.flatten()[:1].expand(tensor.numel()).view(tensor.shape)
+    if kind == 3 or tensor.is_complex():
+        return tensor.to(torch.complex64)
+    if kind == 4 and tensor.is_floating_point():
+        return torch.nn.Parameter(tensor)
+    odd = tensor.clone().flatten()
+    for _ in range(random.choice((1, 3, min(len(odd), 300)))):
+        numbers: tuple[Any, ...] = (0, 1, 2, 625, 2**40, math.nan, math.inf, -1, -(2.0**99), 3e38)
+        if not odd.is_floating_point():
+            small, large = (0, 1, 2, 255), (0, 1, -1, 625, 2**62, -(2**63))
+            numbers = small if odd.dtype == torch.uint8 else large
+        odd[random.randrange(len(odd))] = random.choice(numbers)
+    return odd.view(tensor.shape)
 
 
 def _circle() -> list[Any]:
