@@ -72,31 +72,34 @@ def described(value: Any) -> str:
 
 
 def whole(least: int, most: int) -> Check:
+    """An int in a range; True and False are none."""
     words = f"a whole number from {least} to {most}"
     return (lambda v: type(v) is int and least <= v <= most), words
 
 
 def real(least: float = -math.inf, most: float = math.inf) -> Check:
-    """A number that is finite."""
+    """A number that is finite, in a range."""
     bounds = f" from {least:g} to {most:g}" if math.isfinite(most) else ""
-    return (
-        lambda v: type(v) in (int, float) and _is_finite(v) and least <= v <= most
-    ), f"a finite number{bounds}"
+
+    def holds(value: Any) -> bool:
+        return type(value) in (int, float) and _is_finite(value) and least <= value <= most
+
+    return holds, f"a finite number{bounds}"
 
 
 def optional(check: Check) -> Check:
+    """What the check is for, or None."""
     return (lambda v: v is None or check[0](v)), f"{check[1]}, or None"
 
 
-def list_of(check: Check, *lengths: int) -> Check:
-    """A list of one of these lengths, of any where none is given."""
-    words = f"a list of {' or '.join(map(str, lengths))}".strip() if lengths else "a list"
+def list_of(check: Check, length: int | None = None) -> Check:
+    """A list of this length, if one is given, of what the check is for."""
 
     def holds(value: Any) -> bool:
-        fits = isinstance(value, list) and (not lengths or len(value) in lengths)
+        fits = isinstance(value, list) and length in (None, len(value))
         return fits and all(map(check[0], value))
 
-    return holds, f"{words}, each {check[1]}"
+    return holds, "a list" + ("" if length is None else f" of {length}") + f", each {check[1]}"
 
 
 def tensor(shape: tuple[int, ...], dtype: torch.dtype, least: float, most: float) -> Check:
@@ -216,14 +219,18 @@ def course_state(found: Any, epochs: int, batches: int, classes: int) -> dict[st
     Raises:
         Misfit: an entry is not as expected.
     """
-    about = {"epoch": whole(1, epochs), "batch": whole(0, batches), "finished": TRUTH}
-    place = pick(found, about)
+    expected: dict[str, Any] = {
+        "epoch": whole(1, epochs),
+        "batch": whole(0, batches),
+        "finished": TRUTH,
+    }
+    place = pick(found, expected)
     epoch, batch = place["epoch"], place["batch"]
     share = optional(real(0, 1))
     if place["finished"] and batch < batches:
         raise Misfit(f"batch must be {batches} in a state that is finished, got {batch}")
     ended = epoch > 1 or place["finished"]  # an epoch, so that its Dice is known
-    expected = {
+    expected |= {
         "dice": list_of(share, classes - 1 if ended else 0),
         "losses": (lambda v: _is_of_batches(v, batch), f"({batch},) finite numbers"),
         "counts": tensor((batch, classes, 3), torch.int64, 0, MOST_STEPS),
@@ -236,7 +243,7 @@ def course_state(found: Any, epochs: int, batches: int, classes: int) -> dict[st
     }
     if batch == 0:
         expected |= dict.fromkeys(("losses", "counts"), ((lambda v: v is None), "None"))
-    return place | pick(found, expected)
+    return pick(found, expected)
 
 
 def _is_of_batches(value: Any, batch: int) -> bool:
@@ -252,7 +259,7 @@ def as_misfits() -> Iterator[None]:
     """Context in which a state is set: whatever torch, numpy or Python raise is a `Misfit`."""
     try:
         yield
-    except Misfit:
+    except (Misfit, MemoryError, torch.OutOfMemoryError):
         raise
     except Exception as error:  # the entries can be anything
         raise Misfit(str(error).strip().split("\n", 1)[0][:200] or type(error).__name__) from error

@@ -4,7 +4,7 @@ import io
 import json
 import tempfile
 from collections.abc import Callable
-from contextlib import redirect_stdout
+from contextlib import redirect_stderr, redirect_stdout
 from functools import lru_cache
 from pathlib import Path
 from random import Random
@@ -87,7 +87,8 @@ def read_pretraining(path: Path, output: Path) -> None:
     if run.step < run.total_steps:
         run.model.train()
         run._train_step(batch)
-    run._diagnose()
+    with redirect_stderr(io.StringIO()):
+        run._diagnose()
     run.checkpoints = Checkpoints(output / NAME, run.checkpoints.identity)
     run.save()
 
