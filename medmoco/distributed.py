@@ -2,8 +2,8 @@
 
 torchrun starts them, a rank each. A process that was started alone is the only rank of a world of
 one, in which nothing is sent, so that callers need no second path. A global batch is divided over
-the ranks in rank order, in equal parts; what is random is drawn for the global batch, by the same
-generator on every rank, so that the number of ranks does not change it.
+the ranks in rank order; what is random is drawn for the global batch, by the same generator on
+every rank, so that the number of ranks does not change it.
 """
 
 import os
@@ -150,7 +150,7 @@ def joined(device: torch.device) -> Iterator[None]:
     dist.destroy_process_group()
 
 
-_patient: Any = None  # the group of all ranks once more, for `await_ranks`
+_patient: Any = None  # the group of all ranks once more, for `await_ranks` and `exchange`
 
 
 def await_ranks() -> None:
@@ -178,19 +178,22 @@ def world() -> int:
 
 
 def own_part(rows: Any) -> Any:
-    """This rank's part of the rows of a global batch, a multiple of the ranks."""
-    size = len(rows) // world()
-    return rows[rank() * size : (rank() + 1) * size]
+    """This rank's part of the rows of a global batch; parts differ by a row at most."""
+    count = len(rows)
+    return rows[rank() * count // world() : (rank() + 1) * count // world()]
 
 
-def draw_part(draw: Callable[[Sequence[int]], Tensor], shape: Sequence[int]) -> Tensor:
+def draw_part(
+    draw: Callable[[Sequence[int]], Tensor], shape: Sequence[int], rows: int | None = None
+) -> Tensor:
     """This rank's rows of what is drawn for the global batch.
 
     Args:
         draw: random numbers of a shape.
-        shape: of this rank's rows, (rows, ...).
+        shape: of this rank's rows, (own rows, ...).
+        rows: of the global batch; None where every rank has as many.
     """
-    return own_part(draw((shape[0] * world(), *shape[1:])))
+    return own_part(draw((shape[0] * world() if rows is None else rows, *shape[1:])))
 
 
 def gather_rows(rows: Tensor) -> Tensor:
@@ -216,6 +219,23 @@ class _GatherRows(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Tensor:
         return own_part(sum_over_ranks(grad))
+
+
+def exchange(value: Any) -> list[Any]:
+    """What every rank says, in rank order, once all have come here, however late.
+
+    Args:
+        value: of this rank, anything that the processes of one job may pickle for each other.
+
+    Raises:
+        LostRank: one has ended.
+    """
+    if world() == 1:
+        return [value]
+    values = [None] * world()
+    with _telling_of_lost_ranks():
+        dist.all_gather_object(values, value, group=_patient)
+    return values
 
 
 # --- reductions ---------------------------------------------------------------------------------

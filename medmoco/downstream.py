@@ -11,6 +11,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Subset
@@ -21,6 +22,7 @@ from medmoco.data.delivery import delivered
 from medmoco.data.slices import PixelGrid, SliceDataset
 from medmoco.data.splits import Split
 from medmoco.data.store import SliceCache
+from medmoco.distributed import exchange, own_device, rank, world
 from medmoco.errors import UserError
 from medmoco.evaluation import evaluate
 from medmoco.finetune import finetune, start_from_frequencies
@@ -30,7 +32,8 @@ from medmoco.labelled import class_pixels
 from medmoco.launch import choose_device, choose_workers
 from medmoco.linear import linear_evaluation
 from medmoco.losses import inverse_frequency_weights
-from medmoco.metrics_log import MetricsLog
+from medmoco.metrics import DiceTable
+from medmoco.metrics_log import MetricsLog, SilentLog
 from medmoco.models.decoders import DECODERS
 from medmoco.models.encoder import Encoder
 from medmoco.models.moco import recalibrate_batchnorm
@@ -74,7 +77,7 @@ class Segmentation:
         self.cache = cache
         self.split = split
         self.grid = grid
-        self.device = choose_device(config.device)
+        self.device = own_device(str(choose_device(config.device)))
         self.amp_dtype = None if config.amp_dtype == "float32" else torch.bfloat16
         slices = cache.indices_of(split.train)
         self.dataset = SliceDataset(cache, slices, grid, with_labels=True)
@@ -101,7 +104,8 @@ class Segmentation:
         Fine-tuning goes on from the checkpoint that `output` holds of it; a linear decoder that was
         not finished is fitted anew. Writes segmenters/<stage>-<initialisation>.pt and
         predictions/<stage>-<initialisation>/ (a label map of each test case, result.json), adds to
-        metrics.jsonl.
+        metrics.jsonl. All ranks come here: fine-tuning and its test cases are shared out over them,
+        the linear decoder is the work of rank 0.
 
         Args:
             stage: "linear", a linear decoder on a frozen encoder, or "finetune", of --decoder.
@@ -112,17 +116,25 @@ class Segmentation:
 
         Returns:
             What `DiceTable.result` gives, "seconds", and "weight_decay" of the linear decoder.
+
+        Raises:
+            LostRank: another rank has ended.
         """
         name = f"{stage}-{initialisation}"
         folder = output / "predictions" / name
         identity = self.identity(encoder)
         weights = output / FOLDER / f"{name}.pt"
-        finished = read_result(folder / "result.json", identity)
         checkpoints = Checkpoints(output / "checkpoints" / f"{name}.pt", {"inputs": identity})
-        if finished is not None and weights.is_file():
-            checkpoints.remove()
+        # What rank 0 finds decides: others may see its files late.
+        finished = read_result(folder / "result.json", identity) if weights.is_file() else None
+        finished = exchange(finished)[0]
+        if finished is not None:
+            if rank() == 0:
+                checkpoints.remove()
             say(f"{name}: finished before, {folder / 'result.json'}")
             return finished
+        if stage == "linear" and rank() > 0:
+            return exchange(None)[0]
         begun = load_begun(checkpoints)
         started = time.monotonic() - (begun["seconds"] if begun else 0.0)
         course = begun["course"] if begun else None
@@ -132,12 +144,15 @@ class Segmentation:
         def written() -> tuple[MetricsLog, ProgressPlot]:
             """Not before there is something to write: a checkpoint that does not fit this training
             is refused with all that the run has written left as it is."""
-            metrics = MetricsLog(output / "metrics.jsonl", self.config.tensorboard)
+            kind = SilentLog if rank() else MetricsLog  # what is written, rank 0 writes
+            metrics = kind(output / "metrics.jsonl", self.config.tensorboard)
             # Of an attempt that was cut short, what is now trained again.
             metrics.forget_training(stage, initialisation, whole_epochs(course) if course else 0)
             return closing.enter_context(metrics), ProgressPlot(output)
 
         def save(state: dict[str, Any]) -> None:
+            if rank():
+                return
             written()[0].sync()
             checkpoints.save({"seconds": time.monotonic() - started, "course": state})
 
@@ -152,23 +167,37 @@ class Segmentation:
             torch.manual_seed(self.config.seed)
             copied = copy.deepcopy(encoder) if encoder else self._new_encoder()
             model, about = train(copied.to(self.device), encoder is not None, log)
-            written()[1].draw()
-        (folder / "result.json").unlink(missing_ok=True)  # of a model that is now replaced
-        self._save(weights, model, "linear" if stage == "linear" else self.config.decoder)
-        result = evaluate(
+            if rank() == 0:
+                written()[1].draw()
+        if rank() == 0:
+            (folder / "result.json").unlink(missing_ok=True)  # of a model that is now replaced
+            self._save(weights, model, "linear" if stage == "linear" else self.config.decoder)
+        result = self._test(model, folder, shared=stage == "finetune")
+        result |= about | {"seconds": round(time.monotonic() - started, 2)}
+        if rank() == 0:
+            write_json(folder / "result.json", {"identity": identity, "result": result})
+            checkpoints.remove()
+        return exchange(result)[0]
+
+    def _test(self, model: nn.Module, folder: Path, shared: bool) -> dict[str, Any]:
+        """The result of all test cases, `shared` out over the ranks or all predicted here."""
+        cases = self.split.test
+        table = evaluate(
             model,
             self.cache,
-            self.split.test,
+            cases[rank() :: world()] if shared else cases,
             self.grid,
             folder,
             batch_size=self.config.batch_size,
             device=self.device,
             amp_dtype=self.amp_dtype,
         )
-        result |= about | {"seconds": round(time.monotonic() - started, 2)}
-        write_json(folder / "result.json", {"identity": identity, "result": result})
-        checkpoints.remove()
-        return result
+        found: dict[str, np.ndarray] = {}
+        for counts in exchange(table.counts) if shared else [table.counts]:
+            found |= counts
+        whole = DiceTable(self.cache.classes)
+        whole.counts = {case: found[case] for case in cases}
+        return whole.result()
 
     def _save(self, path: Path, model: nn.Module, decoder: str) -> None:
         cache = self.cache
@@ -291,7 +320,7 @@ class Segmentation:
             if values is not None:
                 record[key] = dict(zip(names, values, strict=True))
         metrics.write(record)
-        if dice is not None:
+        if dice is not None and rank() == 0:
             progress.add(record)
 
 

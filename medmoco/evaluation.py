@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -12,6 +11,7 @@ from tqdm import tqdm
 from medmoco.data.slices import PixelGrid
 from medmoco.data.store import SliceCache
 from medmoco.data.volumes import label_type, write_label_map
+from medmoco.distributed import rank
 from medmoco.metrics import DiceTable
 from medmoco.output import make_folder
 from medmoco.prediction import Member, predict_stack
@@ -27,7 +27,7 @@ def evaluate(
     batch_size: int,
     device: torch.device,
     amp_dtype: torch.dtype | None,
-) -> dict[str, Any]:
+) -> DiceTable:
     """Segments the test volumes, writes a label map of each, and scores them.
 
     Args:
@@ -39,15 +39,12 @@ def evaluate(
         batch_size: slices at once.
         device: of the model.
         amp_dtype: of autocast, None for float32.
-
-    Returns:
-        The result of `DiceTable`.
     """
     make_folder(folder)
     numbers = {case: number for number, case in enumerate(cache.volumes.names("case"))}
     value_of = np.asarray(cache.values, label_type(cache.values))
     table = DiceTable(cache.classes)
-    with tqdm(cases, desc="test", unit="volume", disable=None) as bar:
+    with tqdm(cases, desc="test", unit="volume", disable=rank() > 0 or None) as bar:
         for case in bar:
             number = numbers[case]
             prediction = predict_stack(
@@ -62,4 +59,4 @@ def evaluate(
             write_label_map(folder / f"{case}.nii.gz", value_of[prediction], original, cache.axis)
             mean = table.result()["dice_mean"]
             bar.set_postfix(dice="none" if mean is None else f"{mean:.3f}")
-    return table.result()
+    return table

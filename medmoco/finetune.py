@@ -1,4 +1,8 @@
-"""Fine-tuning: trains encoder and decoder on labelled slices, augmented on the device."""
+"""Fine-tuning: trains encoder and decoder on labelled slices, augmented on the device.
+
+Several ranks train one network. Each takes its part of every batch; statistics, loss, gradient and
+augmentation are those of the whole batch, so that they get what one rank would.
+"""
 
 import math
 import time
@@ -13,12 +17,22 @@ from tqdm import tqdm
 
 from medmoco.checkpoint import SECONDS as CHECKPOINT_SECONDS
 from medmoco.data.delivery import delivered
-from medmoco.data.views import ViewConfig, change_intensities
+from medmoco.data.views import ViewConfig, change_intensities, sampling_grid
+from medmoco.distributed import (
+    any_rank,
+    average_gradients,
+    draw_part,
+    rank,
+    require_same,
+    sum_over_ranks,
+    world,
+)
 from medmoco.errors import Fault
 from medmoco.finetune_course import Course
 from medmoco.losses import dice_cross_entropy
+from medmoco.models.rank_norm import share_statistics
 from medmoco.prediction import autocast
-from medmoco.sampling import ForegroundSampler
+from medmoco.sampling import ForegroundSampler, RankBatches, own_rows
 from medmoco.signals import Stopped, StopRequest, leave_stopping_to_the_trainer
 from medmoco.validation import BestWeights, dice_of, mean_dice, overlap, validate
 
@@ -72,7 +86,7 @@ def finetune(
         dataset: SliceDataset with labels.
         shown: (items, classes) bool, which classes a slice shows, see `ForegroundSampler`.
         epochs: passes over the slices with foreground; None for `default_epochs`.
-        batch_size: slices a step.
+        batch_size: slices a step, of all ranks together.
         lr: peak learning rate.
         seed: of the order of the slices and the augmentation.
         device: where to train.
@@ -84,7 +98,8 @@ def finetune(
         validation: slices with labels of other patients.
         patience: epochs without a better Dice on the validation before the training stops.
         begun: a state that `save` was given, to go on from; all else has to be as it was then.
-        save: is given the state every ten minutes, at the end, and where a signal asks to stop.
+        save: is given the state every ten minutes, at the end, and where a signal asks to stop; of
+            several ranks each gives the same.
 
     Returns:
         "missed": indices of the classes that the last epoch never found in the training slices.
@@ -92,16 +107,16 @@ def finetune(
 
     Raises:
         Stopped: SIGTERM or SIGUSR1 asked for it.
-        UserError: the loss or a weight is not finite.
+        UserError: the loss or a weight is not finite, or weights are not the same on all ranks.
         Misfit: `begun` is no state of this training.
         Fault: slices cannot be read any more; the state is saved.
     """
     generator = torch.Generator(device).manual_seed(seed)
     sampler = ForegroundSampler(shown, torch.Generator().manual_seed(seed))
+    chosen = RankBatches(sampler, batch_size)
     batches = DataLoader(
         dataset,
-        batch_size,
-        sampler=sampler,
+        batch_sampler=chosen,
         num_workers=workers,
         persistent_workers=workers > 0,
         worker_init_fn=leave_stopping_to_the_trainer,
@@ -115,6 +130,8 @@ def finetune(
     if class_weights is not None:
         class_weights = class_weights.to(device)
 
+    if world() > 1:
+        share_statistics(model)
     best = BestWeights(patience)
     course = Course(model, optimizer, rates, sampler, generator, best)
     if begun is not None:
@@ -133,19 +150,30 @@ def finetune(
     done = course.steps(len(batches))
     with (
         StopRequest() as stop,
-        tqdm(total=total, initial=done, desc="finetune", unit="step", disable=None) as bar,
+        tqdm(
+            total=total,
+            initial=done,
+            desc="finetune",
+            unit="step",
+            disable=rank() > 0 or None,
+        ) as bar,
     ):
         while not course.finished:
+            place = torch.tensor([course.steps(len(batches))], device=device)
+            require_same([place, *model.state_dict().values()], "fine-tuning")
             course.resume_epoch(batch_size)
             for batch in delivered(batches, at_break=lambda: save_if(True)):
+                rows = chosen.rows(course.batch)
                 loss, counts = train_step(
-                    model, optimizer, batch, generator, amp_dtype, class_weights
+                    model, optimizer, batch, rows, generator, amp_dtype, class_weights
                 )
                 rates.step()
                 course.add(loss, counts)
                 bar.update()
-                save_if(stop.asked or time.monotonic() - saved > CHECKPOINT_SECONDS)
-                if stop.asked:
+                late = time.monotonic() - saved > CHECKPOINT_SECONDS
+                stopping, late = any_rank(stop.asked, late)
+                save_if(stopping or late)
+                if stopping:
                     raise Stopped(f"saved step {course.steps(len(batches))} of {total}")
             course.require_finite_losses(len(batches))
             epoch, mean = course.epoch, mean_loss(course.losses)
@@ -162,7 +190,8 @@ def finetune(
             log(epoch, epoch * len(batches), mean, float(rates.get_last_lr()[0]), dice, validated)
             course.end_epoch(dice, finished=last)
             save_if(last)
-        if stop.asked:  # after the last step
+        (stopping,) = any_rank(stop.asked)
+        if stopping:  # after the last step
             raise Stopped(f"saved step {course.steps(len(batches))} of {total}")
     if course.epoch < epochs:
         print(f"finetune: no better validation since epoch {best.epoch}: stopped")
@@ -181,23 +210,39 @@ def train_step(
     model: nn.Module,
     optimizer: torch.optim.Optimizer,
     batch: dict[str, Tensor],
+    rows: int,
     generator: torch.Generator,
     amp_dtype: torch.dtype | None,
     class_weights: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    """A step of the optimizer on a batch, augmented; its loss () and its `overlap`."""
+    """A step of the optimizer on a batch, augmented.
+
+    Args:
+        model: in training mode.
+        optimizer: of its weights.
+        batch: as `RankBatches` chose it.
+        rows: slices of the batch of all ranks.
+        generator: of the augmentation, on the device of the training.
+        amp_dtype: of autocast, None for float32.
+        class_weights: (classes,) of the cross-entropy, None for all the same.
+
+    Returns:
+        The loss () and the `overlap` of the batch of all ranks.
+    """
     device = generator.device
+    batch = own_rows(batch, rows)
     image = batch["image"].to(device, non_blocking=True)
     label = batch["label"].to(device, non_blocking=True)
-    image, label = augment(image, label, generator)
+    image, label = augment(image, label, generator, rows)
     with autocast(device, amp_dtype):
         logits = model(image)
-    loss, _ = dice_cross_entropy(logits, label, class_weights=class_weights)
+    loss, _ = dice_cross_entropy(logits, label, class_weights=class_weights, over_ranks=world() > 1)
     optimizer.zero_grad(set_to_none=True)
     loss.backward()
+    average_gradients(model.parameters())
     nn.utils.clip_grad_norm_(model.parameters(), CLIP_NORM)
     optimizer.step()
-    return loss.detach(), overlap(logits.detach(), label)
+    return loss.detach(), sum_over_ranks(overlap(logits.detach(), label))
 
 
 def mean_loss(losses: list[Tensor]) -> float:
@@ -258,7 +303,9 @@ def start_from_frequencies(classifier: nn.Conv2d, pixels: Tensor) -> None:
     classifier.bias.copy_(logits - logits.mean())
 
 
-def augment(image: Tensor, label: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+def augment(
+    image: Tensor, label: Tensor, generator: torch.Generator, rows: int | None = None
+) -> tuple[Tensor, Tensor]:
     """Rotates, scales and shifts each slice with its label, then changes its intensities.
 
     No flips: left and right differ.
@@ -267,21 +314,30 @@ def augment(image: Tensor, label: Tensor, generator: torch.Generator) -> tuple[T
         image: (B, 1, S, S) in [0, 1].
         label: (B, S, S) int64; pixels from beyond the canvas become background.
         generator: on the device of both.
+        rows: of the global batch that these are this rank's part of; None where every rank has as
+            many.
     """
-    affine = random_affines(len(image), generator)
-    grid = functional.affine_grid(affine, list(image.shape), align_corners=False)
+    affine = random_affines(len(image), generator, rows)
+    grid = sampling_grid(affine, image.shape[-1])
     image = functional.grid_sample(image, grid, align_corners=False)
     # float32 holds every class index exactly, and `nearest` copies it.
     moved = functional.grid_sample(
         label[:, None].float(), grid, mode="nearest", align_corners=False
     )
-    image = change_intensities(image, ViewConfig(size=image.shape[-1]), generator)
+    image = change_intensities(image, ViewConfig(size=image.shape[-1]), generator, rows)
     return image, moved[:, 0].long()
 
 
-def random_affines(count: int, generator: torch.Generator) -> Tensor:
-    """(count, 2, 3) rotations, scales and shifts in the convention of grid_sample."""
-    draw = torch.rand(count, 4, generator=generator, device=generator.device)
+def random_affines(count: int, generator: torch.Generator, rows: int | None = None) -> Tensor:
+    """(count, 2, 3) rotations, scales and shifts in the convention of grid_sample.
+
+    They are this rank's part of those for the `rows` of a global batch, see `draw_part`.
+    """
+    draw = draw_part(
+        lambda shape: torch.rand(shape, generator=generator, device=generator.device),
+        (count, 4),
+        rows,
+    )
     angle = ROTATION * (2 * draw[:, 0] - 1)
     scale = SCALE[0] + (SCALE[1] - SCALE[0]) * draw[:, 1]
     shift = SHIFT * 2 * (2 * draw[:, 2:] - 1)  # the canvas spans 2

@@ -4,12 +4,15 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from medmoco.distributed import gather_rows
+
 
 def dice_cross_entropy(
     logits: Tensor,
     labels: Tensor,
     weights: Tensor | None = None,
     class_weights: Tensor | None = None,
+    over_ranks: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Cross-entropy plus one minus soft Dice, Dice pooled over the batch [1].
 
@@ -26,6 +29,8 @@ def dice_cross_entropy(
         labels: (N, ...) int64 class indices.
         weights: (N, ...) how many pixels each pixel stands for; all the same without it.
         class_weights: (classes,) w of the cross-entropy; all the same without it.
+        over_ranks: the batch is that of all ranks, whose loss each of them gets; of its gradient
+            they get such parts that their mean over the ranks is the whole.
 
     Returns:
         loss, a scalar; soft Dice, a scalar in [0, 1] without gradient, the mean over the classes.
@@ -41,16 +46,21 @@ def dice_cross_entropy(
     probability = log_probability.exp() * weights
     both = (probability * truth).sum(over_pixels)
     size = (truth * weights).sum(over_pixels)
-    dice = 2 * both / (probability.sum(over_pixels) + size).clamp(min=1e-8)
+    predicted = probability.sum(over_pixels)
+    if class_weights is not None:
+        weights = weights * class_weights[labels].unsqueeze(1)
+    entropy = -(truth * log_probability * weights).sum()
+    total = weights.sum()
+    if over_ranks:
+        sums = torch.cat([both, size, predicted, torch.stack([entropy, total])])
+        sums = gather_rows(sums[None]).sum(0)
+        both, size, predicted, (entropy, total) = sums.split([*[logits.shape[1]] * 3, 2])
 
+    dice = 2 * both / (predicted + size).clamp(min=1e-8)
     counted = size > 0
     counted[0] = False
     mean_dice = (dice * counted).sum() / counted.sum().clamp(min=1)
-    any_counted = counted.any()
-    if class_weights is not None:
-        weights = weights * class_weights[labels].unsqueeze(1)
-    cross_entropy = -(truth * log_probability * weights).sum() / weights.sum()
-    return cross_entropy + any_counted * (1 - mean_dice), mean_dice.detach()
+    return entropy / total + counted.any() * (1 - mean_dice), mean_dice.detach()
 
 
 def inverse_frequency_weights(pixels: Tensor) -> Tensor:

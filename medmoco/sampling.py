@@ -2,9 +2,12 @@
 
 import math
 from collections.abc import Iterator
+from typing import Protocol
 
 import torch
 from torch import Tensor
+
+from medmoco.distributed import own_part
 
 EMPTY_SHARE = 1 / 3  # slices without foreground, per slice with foreground
 LEAST_SHARE = 0.2  # of the slices with foreground that show a class, repeats included
@@ -51,6 +54,50 @@ class ForegroundSampler(torch.utils.data.Sampler[int]):
         items = torch.cat([self.full, self.empty[drawn], *repeated])
         order = torch.randperm(len(items), generator=self.generator)
         yield from items[order][self.first :].tolist()
+
+
+class Order(Protocol):
+    """Numbers of items, as many at each pass over it."""
+
+    def __len__(self) -> int: ...
+
+    def __iter__(self) -> Iterator[int]: ...
+
+
+class RankBatches(torch.utils.data.Sampler[list[int]]):
+    """This rank's part of every batch of an order of items; the last batch may be smaller.
+
+    Where a batch has fewer items than there are ranks, a rank without any is given the first one,
+    for no loader can deliver nothing: it is `own_rows` that tells.
+
+    Args:
+        order: of the items.
+        batch_size: items a batch, of all ranks together.
+    """
+
+    def __init__(self, order: Order, batch_size: int) -> None:
+        self.order = order
+        self.batch_size = batch_size
+
+    def __len__(self) -> int:
+        """Batches of a pass over the whole order."""
+        return math.ceil(len(self.order) / self.batch_size)
+
+    def __iter__(self) -> Iterator[list[int]]:
+        items = list(self.order)
+        for start in range(0, len(items), self.batch_size):
+            batch = items[start : start + self.batch_size]
+            yield own_part(batch) or batch[:1]
+
+    def rows(self, batch: int) -> int:
+        """Items of a batch, of all ranks together; batches count from 0."""
+        return min(self.batch_size, len(self.order) - batch * self.batch_size)
+
+
+def own_rows(batch: dict[str, Tensor], rows: int) -> dict[str, Tensor]:
+    """What of a batch that `RankBatches` chose belongs to this rank, of `rows` of all ranks."""
+    own = len(own_part(range(rows)))
+    return {name: values[:own] for name, values in batch.items()}
 
 
 def _rare_classes(shown: Tensor) -> list[tuple[Tensor, int]]:

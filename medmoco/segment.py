@@ -18,7 +18,7 @@ from medmoco.data.folds import FOLDS_NAME, choose_folds, label_share, split_fold
 from medmoco.data.slices import PixelGrid
 from medmoco.data.splits import write_split
 from medmoco.data.store import SliceCache
-from medmoco.distributed import launch
+from medmoco.distributed import joined, launch, own_device, rank
 from medmoco.downstream import Segmentation, default_stride
 from medmoco.errors import UserError, keeping_what_is_finished
 from medmoco.labelled import (
@@ -29,7 +29,7 @@ from medmoco.labelled import (
     read_cases,
     without_bad,
 )
-from medmoco.launch import choose_output, create_run
+from medmoco.launch import choose_device, choose_output, create_run
 from medmoco.models.encoder import Encoder
 from medmoco.models.weights import read_weights, with_architecture
 from medmoco.models.whitening import keep_whitening
@@ -204,6 +204,8 @@ def with_encoder(config: SegmentConfig) -> tuple[SegmentConfig, Encoder | None, 
 def run_stages(segmentation: Segmentation, encoder: Encoder | None, output: Path) -> dict[str, Any]:
     """Runs what --mode and --controls ask for, and keeps what the report shows of the test cases.
 
+    All ranks come here.
+
     Returns:
         The entries "linear", "finetune" (null without an encoder) and "controls" of summary.json.
     """
@@ -217,7 +219,8 @@ def run_stages(segmentation: Segmentation, encoder: Encoder | None, output: Path
         if encoder is None or config.controls:
             result = segmentation.run(stage, control, None, output)
             results["controls"][f"{stage}_{control}"] = result
-    write_cases(output, segmentation.cache, results)
+    if rank() == 0:
+        write_cases(output, segmentation.cache, results)
     return results
 
 
@@ -255,22 +258,21 @@ def _shown(dice: float | None) -> str:
 @keeping_what_is_finished()
 def run_and_summarise(
     segmentation: Segmentation, encoder: Encoder | None, metadata: dict[str, Any]
-) -> dict[str, Any]:
-    """Writes split.json, runs the stages and writes summary.json, in --output, which exists.
-
-    Returns:
-        The content of summary.json.
-    """
+) -> None:
+    """Runs the stages; rank 0 writes split.json and summary.json to --output, which it has made."""
     config, cache = segmentation.config, segmentation.cache
     output = config.output
     assert output is not None
+    if rank() == 0:
+        write_split(output / "split.json", segmentation.split)
     warnings = pretraining_overlap(cache, segmentation.split, metadata)
     for warning in warnings:
         say(f"warning: {warning}")
-    write_split(output / "split.json", segmentation.split)
     if encoder is not None and not metadata.get("calibrated", True):
         segmentation.recalibrate(encoder)
     results = run_stages(segmentation, encoder, output)
+    if rank():
+        return
     summary = {
         "medmoco": medmoco.__version__,
         "method": metadata.get("method"),
@@ -284,7 +286,6 @@ def run_and_summarise(
     write_json(output / "summary.json", summary)
     say(f"\nDice on {len(segmentation.split.test)} test volumes\n{dice_table(results)}")
     say(f"\nsummary:     {output / 'summary.json'}\npredictions: {output / 'predictions'}")
-    return summary
 
 
 def run_folds(config: SegmentConfig, encoder: Encoder | None, metadata: dict[str, Any]) -> None:
@@ -326,32 +327,41 @@ def run_folds(config: SegmentConfig, encoder: Encoder | None, metadata: dict[str
         )
         split = without_bad(labelled[number], cache)
         segmentations[folder] = Segmentation(own, cache, split, grid)
-    create_run(config, "segment")
-    write_folds(output / FOLDS_NAME, splits)
-    for folder, segmentation in segmentations.items():
-        say(f"\n{folder.name} of {len(splits)}")
-        begun = (folder / CONFIG_NAME).is_file()
-        create_run(dataclasses.replace(segmentation.config, resume=begun), "segment")
-        run_and_summarise(segmentation, encoder, metadata)
-    finished = finished_folds(output, len(splits))
-    summary = over_folds(finished, len(splits))
+    with joined(own_device(str(choose_device(config.device)))):
+        if rank() == 0:
+            create_run(config, "segment")
+            write_folds(output / FOLDS_NAME, splits)
+        for folder, segmentation in segmentations.items():
+            say(f"\n{folder.name} of {len(splits)}")
+            if rank() == 0:
+                begun = (folder / CONFIG_NAME).is_file()
+                create_run(dataclasses.replace(segmentation.config, resume=begun), "segment")
+            run_and_summarise(segmentation, encoder, metadata)
+    if launch().rank == 0:
+        summarise_folds(output, len(splits))
+
+
+def summarise_folds(output: Path, count: int) -> None:
+    """Writes the summary.json of those of `count` folds that are finished."""
+    finished = finished_folds(output, count)
+    summary = over_folds(finished, count)
     write_json(output / "summary.json", summary)
-    say(f"\n{len(finished)} of {len(splits)} folds, their cases together\n{dice_table(summary)}")
+    say(f"\n{len(finished)} of {count} folds, their cases together\n{dice_table(summary)}")
     say(f"{fold_lines(summary)}\n\nsummary:     {output / 'summary.json'}")
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """The command `medmoco segment`."""
     config = parse(SegmentConfig, argv, prog="medmoco segment", description=__doc__)
-    if launch().rank != 0:  # segmentation is the work of one process
-        return
     config, encoder, metadata = with_encoder(choose_output(config, "segment"))
     if config.folds is not None or config.fold is not None:
         run_folds(config, encoder, metadata)
     else:
         segmentation = prepare(config, metadata)
-        create_run(config, "segment")
-        run_and_summarise(segmentation, encoder, metadata)
+        with joined(segmentation.device):
+            if rank() == 0:
+                create_run(config, "segment")
+            run_and_summarise(segmentation, encoder, metadata)
     say(f"next:        python -m medmoco.report {config.output}")
 
 

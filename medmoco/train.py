@@ -16,7 +16,7 @@ from medmoco.command import run_command
 from medmoco.config import option, parse
 from medmoco.data.phantom import generate_phantom
 from medmoco.data.splits import write_split
-from medmoco.distributed import joined, launch, own_device
+from medmoco.distributed import await_ranks, joined, launch, own_device, rank
 from medmoco.downstream import Segmentation
 from medmoco.errors import UserError, keeping_what_is_finished
 from medmoco.labelled import read_split
@@ -90,21 +90,38 @@ def main(argv: Sequence[str] | None = None) -> None:
             # From here on --resume goes on, wherever the steps do not notice a stop themselves.
             stack.enter_context(stopping_at_once("outside of a training; what is finished is kept"))
             pretraining.run()
-        if launch().rank == 0:  # segmentation is the work of one process
-            segment_and_report(config, pretraining, segmentation)
+            results = segment(config, segmentation) if segmentation is not None else {}
+        if launch().rank == 0:
+            summarise(config, pretraining, segmentation, results)
 
 
 @keeping_what_is_finished()
-def segment_and_report(
-    config: TrainConfig, pretraining: Pretraining, segmentation: Segmentation | None
-) -> None:
-    """What follows pretraining: segmentation, summary.json, the plots and report.html."""
-    summary = pretraining.summary()
-    if segmentation is not None:
+def segment(config: TrainConfig, segmentation: Segmentation) -> dict[str, Any]:
+    """What `run_stages` finds with the encoder that was pretrained."""
+    if rank() == 0:
         write_split(config.output / "split.json", segmentation.split)
-        encoder, _ = load_encoder(config.output / "encoder.pt")
-        results = run_stages(segmentation, encoder, config.output)
-        summary |= results
+    await_ranks()  # until rank 0 has written the encoder
+    encoder, _ = load_encoder(config.output / "encoder.pt")
+    return run_stages(segmentation, encoder, config.output)
+
+
+@keeping_what_is_finished()
+def summarise(
+    config: TrainConfig,
+    pretraining: Pretraining,
+    segmentation: Segmentation | None,
+    results: dict[str, Any],
+) -> None:
+    """Writes summary.json, the plots and report.html.
+
+    Args:
+        config: of the run.
+        pretraining: which is over.
+        segmentation: that followed it, or None.
+        results: of `segment`.
+    """
+    summary = pretraining.summary() | results
+    if segmentation is not None:
         summary["classes"] = list(segmentation.cache.classes)
         bad = {
             file.path: dataclasses.asdict(file)

@@ -11,8 +11,10 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 from medmoco.data.delivery import delivered
+from medmoco.distributed import any_rank, sum_over_ranks
 from medmoco.errors import UserError
 from medmoco.prediction import autocast
+from medmoco.sampling import RankBatches, own_rows
 from medmoco.signals import Stopped, StopRequest
 
 
@@ -86,25 +88,29 @@ def validate(
 ) -> list[float | None]:
     """`dice_of` all slices of a data set, in eval mode; the model goes back to its own mode.
 
-    Draws no random number.
+    Draws no random number. The ranks share the slices out, and each gets the result of all.
 
     Raises:
-        Stopped: `stop` was asked for meanwhile.
+        Stopped: `stop` was asked for meanwhile, on any rank.
         LoaderDied: slices cannot be read any more.
     """
     training = model.training
     model.eval()
     counts: Tensor | None = None
-    for batch in delivered(DataLoader(dataset, batch_size, generator=torch.Generator())):
-        if stop is not None and stop.asked:
+    chosen = RankBatches(range(len(dataset)), batch_size)  # type: ignore[arg-type]
+    loader = DataLoader(dataset, batch_sampler=chosen, generator=torch.Generator())
+    for number, batch in enumerate(delivered(loader)):
+        (stopping,) = any_rank(stop is not None and stop.asked)
+        if stopping:
             raise Stopped("stopped in a validation")
+        batch = own_rows(batch, chosen.rows(number))
         with autocast(device, amp_dtype):
             logits = model(batch["image"].to(device))
         found = overlap(logits, batch["label"].to(device))
         counts = found if counts is None else counts + found
     model.train(training)
     assert counts is not None
-    return dice_of(counts)
+    return dice_of(sum_over_ranks(counts))
 
 
 class BestWeights:

@@ -1,9 +1,10 @@
-"""Pretraining on several processes for longer: as one process, as fast as may be, and under kills.
+"""The main job on several processes for longer: as one process, as fast as may be, under kills.
 
-Three parts on phantoms, each with its figures: one rank and RANKS ranks train the same epochs, and
-their losses are compared; steps a second of both; a job under torchrun whose ranks are killed at
-random KILLS times, and whose losses are compared with those of the job that was left alone. Exits 1
-where losses differ by more than TOLERANCE, or a job does not come to its end.
+Three parts on phantoms, each with its figures: one rank and RANKS ranks pretrain and fine-tune the
+same epochs, and their losses are compared; steps a second of pretraining of both; a job under
+torchrun whose ranks are killed at random KILLS times, and whose losses are compared with those of
+the job that was left alone. Exits 1 where losses differ by more than TOLERANCE, or a job does not
+come to its end.
 """
 
 import argparse
@@ -18,14 +19,18 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 from medmoco.data.phantom import generate_phantom
+
+STAGES = ("pretrain", "finetune")
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--ranks", type=int, default=2)
     parser.add_argument("--epochs", type=int, default=20)
+    parser.add_argument("--finetune-epochs", type=int, default=10)
     parser.add_argument("--kills", type=int, default=5)
     parser.add_argument("--image-size", type=int, default=64)
     parser.add_argument("--batch-size", type=int, default=32)
@@ -42,7 +47,8 @@ def main() -> int:
 def run(flags: argparse.Namespace, folder: Path) -> int:
     data = generate_phantom(folder / "phantom", patients=12, size=flags.image_size, slices=16)
     common = [
-        *("--data", str(data / "imagesTr"), "--cache", str(folder / "cache"), "--device", "cpu"),
+        *("--task", str(data), "--cache", str(folder / "cache"), "--device", "cpu"),
+        *("--finetune-epochs", str(flags.finetune_epochs)),
         *("--width", "0.25", "--image-size", str(flags.image_size), "--output-stride", "8"),
         *("--batch-size", str(flags.batch_size), "--epochs", str(flags.epochs)),
         # Whitening multiplies rounding within a few steps; the tests compare it over four.
@@ -52,12 +58,12 @@ def run(flags: argparse.Namespace, folder: Path) -> int:
     for ranks, name in ((1, "one"), (flags.ranks, "several")):
         ended, _ = train([*common, "--output", str(folder / name)], ranks, 0, [])
         found += ended != 0
-        rates = [record["images_per_second"] for record in steps(folder / name)]
+        rates = [r["images_per_second"] for r in records(folder / name, "pretrain")]
         speed = statistics.median(rates) / flags.batch_size
         print(f"{ranks} ranks: exit {ended}, {speed:.2f} steps/s, median of {len(rates)}")
     found += compare(folder / "one", folder / "several", flags.tolerance)
     chosen = random.Random(flags.seed)
-    whole = len(steps(folder / "several"))
+    whole = sum(len(records(folder / "several", stage)) for stage in STAGES)
     due = sorted(chosen.randrange(1, whole) for _ in range(flags.kills))
     output = folder / "killed"
     ended, kills = train([*common, "--output", str(output)], flags.ranks, flags.kills, due, chosen)
@@ -76,7 +82,7 @@ def train(
         The exit status of torchrun, and how many ranks were killed.
     """
     call = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
-    call += ["--max-restarts", str(restarts), "-m", "medmoco.pretrain", *flags]
+    call += ["--max-restarts", str(restarts), "-m", "medmoco.train", *flags]
     job = subprocess.Popen(
         [sys.executable, *call],
         env=os.environ | {"OMP_NUM_THREADS": "1"},
@@ -107,22 +113,26 @@ def children(process: int) -> list[int]:
     return [int(number) for number in listed.read_text().split()] if listed.is_file() else []
 
 
-def steps(output: Path) -> list[dict[str, float]]:
+def records(output: Path, stage: str) -> list[dict[str, Any]]:
+    """Of the steps of pretraining, or of the epochs of fine-tuning."""
     lines = (output / "metrics.jsonl").read_text("utf-8").splitlines()
-    return [r for r in map(json.loads, lines) if r["stage"] == "pretrain"]
+    return [record for record in map(json.loads, lines) if record["stage"] == stage]
 
 
-def compare(one: Path, other: Path, tolerance: float) -> bool:
-    """Prints how far the losses are apart; whether that is a finding."""
-    pairs = list(zip(steps(one), steps(other), strict=False))
-    complete = len(steps(one)) == len(steps(other))
-    apart = [abs(a["loss"] - b["loss"]) for a, b in pairs]
-    first = max(far for far, (a, _) in zip(apart, pairs, strict=True) if a["epoch"] == 1)
-    print(
-        f"{one.name} and {other.name}: {len(pairs)} steps, losses differ by at most {first:.1e} in "
-        f"the first epoch, {max(apart):.1e} over all"
-    )
-    return not complete or first > tolerance
+def compare(one: Path, other: Path, tolerance: float) -> int:
+    """Prints how far the losses are apart; the number of findings."""
+    found = 0
+    for stage in STAGES:
+        ours, theirs = records(one, stage), records(other, stage)
+        pairs = list(zip(ours, theirs, strict=False))
+        apart = [abs(a["loss"] - b["loss"]) for a, b in pairs]
+        first = max(far for far, (a, _) in zip(apart, pairs, strict=True) if a["epoch"] == 1)
+        print(
+            f"{one.name} and {other.name}, {stage}: {len(pairs)} losses, they differ by at most "
+            f"{first:.1e} in the first epoch, {max(apart):.1e} over all"
+        )
+        found += len(ours) != len(theirs) or first > tolerance
+    return found
 
 
 if __name__ == "__main__":

@@ -4,7 +4,6 @@ import json
 import os
 import re
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -12,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from rank_processes import run_on_two_ranks
 
 from medmoco import pretrain
 from medmoco.command import run_command
@@ -80,27 +80,8 @@ def two_ranks(flags, one_rank, runs) -> Path:
         {"argv": [*flags, "--output", str(folder / "spoiled")], "spoiled": True},
     ]
     (runs / "calls.json").write_text(json.dumps(calls))
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    common = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    ranks = [
-        subprocess.Popen(
-            [sys.executable, str(PROGRAM), "runs", str(runs / "calls.json")],
-            env=os.environ | common | {"RANK": str(rank), "OMP_NUM_THREADS": "1"},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(2)
-    ]
-    try:
-        written = [process.communicate(timeout=300) for process in ranks]
-    finally:
-        for process in ranks:
-            process.kill()
-    for process, (_, errors) in zip(ranks, written, strict=True):
-        assert process.returncode == 0, errors
+    written = run_on_two_ranks(PROGRAM, "runs", str(runs / "calls.json"))
+    for _, errors in written:
         assert "--batch-size 11: expected a multiple of the 2 ranks" in errors
     told = [re.search("the loss is nan at step 2, .*", errors).group() for _, errors in written]
     assert told[0] == told[1]  # and it names the whole batch

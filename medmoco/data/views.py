@@ -96,34 +96,57 @@ def sample_views(
     )
 
 
-def change_intensities(image: Tensor, config: ViewConfig, generator: Generator | None) -> Tensor:
+def change_intensities(
+    image: Tensor, config: ViewConfig, generator: Generator | None, rows: int | None = None
+) -> Tensor:
     """Random gamma, contrast, brightness, blur and noise, drawn for each image.
 
     Args:
         image: (B, 1, H, W) in [0, 1].
         config: their ranges; the rest of it is not used.
         generator: on the image's device.
+        rows: of the global batch that `image` is this rank's part of; None where every rank has as
+            many.
 
     Returns:
         (B, 1, H, W), clipped to [0, 1].
     """
     shape = (image.shape[0], 1, 1, 1)
     log_gamma = (math.log(config.gamma[0]), math.log(config.gamma[1]))
-    gamma = _uniform(shape, log_gamma, image, generator).exp()
-    contrast = _uniform(shape, config.contrast, image, generator)
-    brightness = _uniform(shape, (-config.brightness, config.brightness), image, generator)
-    sigma = _uniform(shape, config.blur, image, generator)
-    blurred = _uniform(shape, (0.0, 1.0), image, generator) < config.blur_probability
-    noise_level = _uniform(shape, (0.0, config.noise), image, generator)
+
+    def draw(bounds: tuple[float, float]) -> Tensor:
+        return _uniform(shape, bounds, image, generator, rows)
+
+    gamma = draw(log_gamma).exp()
+    contrast = draw(config.contrast)
+    brightness = draw((-config.brightness, config.brightness))
+    sigma = draw(config.blur)
+    blurred = draw((0.0, 1.0)) < config.blur_probability
+    noise_level = draw((0.0, config.noise))
     image = image.clamp(0, 1).pow(gamma)
     mean = image.mean(dim=(-2, -1), keepdim=True)
     image = (image - mean) * contrast + mean + brightness
     # Noise comes last, since blur would take it away.
     image = _blur(image, sigma * blurred, config.blur[1])
     noise = draw_part(
-        lambda shape: image.new_empty(shape).normal_(generator=generator), image.shape
+        lambda shape: image.new_empty(shape).normal_(generator=generator), image.shape, rows
     )
     return (image + noise_level * noise).clamp(0, 1)
+
+
+def sampling_grid(affine: Tensor, size: int) -> Tensor:
+    """Where `torch.nn.functional.grid_sample` is to read the pixels of images of a side of `size`.
+
+    What affine_grid gives, but of empty batches, too, and without a matrix product.
+
+    Args:
+        affine: (B, 2, 3), from normalised coordinates of the images to be made to those read from.
+        size: pixels a side.
+
+    Returns:
+        (B, size, size, 2).
+    """
+    return _transform(affine, _cell_centres(size, affine))
 
 
 def corresponding_coordinates(
@@ -141,7 +164,7 @@ def corresponding_coordinates(
         valid (B, size, size), whether the centre lies within view `to`.
     """
     affine = _compose(_invert(affine_to), affine_from)
-    coordinates = _transform(affine, _cell_centres(size, affine))
+    coordinates = sampling_grid(affine, size)
     return coordinates, (coordinates.abs() <= 1).all(-1)
 
 
@@ -215,8 +238,8 @@ def _render(
 ) -> View:
     # A canvas finer than the view is read at more points, and averaged, lest it alias.
     oversampling = math.ceil(canvas.shape[-1] / config.size)
-    points = _cell_centres(config.size * oversampling, canvas)
-    image = F.grid_sample(canvas, _transform(affine.to(canvas), points), align_corners=False)
+    points = sampling_grid(affine.to(canvas), config.size * oversampling)
+    image = F.grid_sample(canvas, points, align_corners=False)
     if oversampling > 1:
         image = F.avg_pool2d(image, oversampling)
     return View(change_intensities(image, config, generator), affine)
@@ -253,11 +276,13 @@ def _uniform(
     bounds: tuple[float, float],
     like: Tensor,
     generator: Generator | None,
+    rows: int | None = None,
 ) -> Tensor:
     low, high = bounds
     draw = draw_part(
-        lambda rows: torch.rand(rows, generator=generator, device=like.device, dtype=like.dtype),
+        lambda shape: torch.rand(shape, generator=generator, device=like.device, dtype=like.dtype),
         shape,
+        rows,
     )
     return low + (high - low) * draw
 

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from medmoco.distributed import sum_over_ranks
 from medmoco.models.encoder import Encoder
 
 
@@ -129,7 +130,7 @@ class ImagePooling(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         pooled = self.conv(x.mean((2, 3), keepdim=True))
-        if self.training and len(pooled) == 1:
+        if self.training and sum_over_ranks(torch.tensor(len(pooled))) == 1:
             # The last batch of an epoch can be a single image, whose one cell has no statistics.
             norm = self.norm
             pooled = functional.batch_norm(
