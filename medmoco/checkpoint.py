@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from medmoco.distributed import rank
 from medmoco.errors import UserError
 from medmoco.output import make_folder, save_torch
 from medmoco.printing import brief
@@ -87,6 +88,7 @@ class Checkpoints:
                 continue
             if damages:
                 self._last_is_damaged = True
+            if damages and rank() == 0:  # all ranks find the same
                 print(f"warning: {damages[0]}\ngoing on from {path}", file=sys.stderr)
             self._loaded = path
             return state

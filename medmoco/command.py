@@ -32,7 +32,10 @@ def run_command(
             print(f"{stopped}; --resume goes on from there", file=sys.stderr)
         return 0
     except LostRank as lost:
-        print(f"error: {lost}; the error of a rank that ended is the one to mend", file=sys.stderr)
+        print(
+            f"error: {lost}; what ended the first of them counts, an error or a signal to it alone",
+            file=sys.stderr,
+        )
         await_launcher()
         return 1
     except KeyboardInterrupt:

@@ -21,6 +21,7 @@ from medmoco.data.views import ViewConfig, change_intensities, sampling_grid
 from medmoco.distributed import (
     any_rank,
     average_gradients,
+    await_ranks,
     draw_part,
     rank,
     require_same,
@@ -109,7 +110,8 @@ def finetune(
         Stopped: SIGTERM or SIGUSR1 asked for it.
         UserError: the loss or a weight is not finite, or weights are not the same on all ranks.
         Misfit: `begun` is no state of this training.
-        Fault: slices cannot be read any more; the state is saved.
+        Fault: slices cannot be read any more; the state is saved, of several ranks by the first.
+        LostRank: another rank has ended.
     """
     generator = torch.Generator(device).manual_seed(seed)
     sampler = ForegroundSampler(shown, torch.Generator().manual_seed(seed))
@@ -148,6 +150,10 @@ def finetune(
 
     model.train()
     done = course.steps(len(batches))
+    if world() > 1:  # dropout must not draw the same for the parts of all ranks
+        torch.manual_seed(seed + done * world() + rank())
+    # Where a request to stop ends this rank, as it does those that are still outside of the loop.
+    await_ranks()
     with (
         StopRequest() as stop,
         tqdm(

@@ -9,6 +9,8 @@ import json
 import os
 import signal
 import sys
+import threading
+import time
 from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any
@@ -18,9 +20,9 @@ from labelled_slices import Slices
 from rank_steps import in_float64
 from torch import Tensor, nn
 
-from medmoco import finetune, segment
+from medmoco import downstream, finetune, segment
 from medmoco.command import run_command
-from medmoco.distributed import joined, rank
+from medmoco.distributed import exchange, joined, rank
 from medmoco.models.decoders import DECODERS
 from medmoco.models.encoder import Encoder
 
@@ -72,6 +74,19 @@ def stop_at(step: int) -> None:
     finetune.train_step = stop_then_step
 
 
+def stop_before_the_training() -> None:
+    """Both ranks are told to stop when the second one already waits for the first."""
+    if rank():
+        threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGUSR1)).start()
+        return
+
+    def come_late(*arguments, **settings):
+        time.sleep(1)
+        os.kill(os.getpid(), signal.SIGUSR1)
+
+    downstream.finetune = come_late
+
+
 def main() -> int:
     with in_float64(), redirect_stdout(None):
         alone = {decoder: trained(decoder) for decoder in ("unet", "deeplab")}
@@ -80,9 +95,12 @@ def main() -> int:
         with in_float64(), redirect_stdout(None):
             for decoder, expected in alone.items():
                 torch.testing.assert_close(trained(decoder), expected, rtol=1e-6, atol=1e-6)
+                assert len(set(exchange(torch.initial_seed()))) == 2  # of dropout
         for run in json.loads(Path(sys.argv[1]).read_text()):
             if run.get("stopped_rank") == rank():
                 stop_at(5)
+            if run.get("stopped_before"):  # the last run: rank 0 leaves its place there
+                stop_before_the_training()
             statuses.append(run_command(segment.main, run["argv"]))
             finetune.train_step = take_step
     print(json.dumps(statuses))

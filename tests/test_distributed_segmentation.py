@@ -45,10 +45,11 @@ def two_ranks(flags, one_rank, runs) -> Path:
         {"argv": [*finetuning, "--output", str(folder / "stopped")], "stopped_rank": 1},
         {"argv": [*finetuning, *folds]},
         {"argv": ["--resume", "--output", str(folder / "whole")]},
+        {"argv": [*finetuning, "--output", str(folder / "early")], "stopped_before": True},
     ]
     (runs / "calls.json").write_text(json.dumps(calls))
     written = run_on_two_ranks(PROGRAM, str(runs / "calls.json"))
-    assert [json.loads(output.splitlines()[-1]) for output, _ in written] == [[0, 0, 0, 0]] * 2
+    assert [json.loads(output.splitlines()[-1]) for output, _ in written] == [[0] * len(calls)] * 2
     assert len(written[1][0].splitlines()) == 1, "the second rank speaks"
     assert "finished before" in written[0][0]
     return folder
@@ -105,6 +106,12 @@ def test_signal_to_the_second_rank_stops_both_and_one_rank_goes_on(one_rank, two
     assert (stopped / "checkpoints" / "finetune-scratch.pt").is_file()
     segment.main(["--resume", "--output", str(stopped)])
     assert_same_finetuning(one_rank, stopped)
+
+
+def test_signal_to_both_before_the_first_step_stops_both(two_ranks):
+    """Also the rank that waits in the training for the one that is still outside of it: or its
+    processes would have ended with another status."""
+    assert {path.name for path in (two_ranks / "early").iterdir()} == {"config.json", "split.json"}
 
 
 def test_folds_on_two_ranks(two_ranks):
